@@ -1,0 +1,34 @@
+"""What can go wrong, and whether trying again may help.
+
+Every message states the rule that was broken, the numbers seen, and the way out.
+"""
+
+
+class ReplayError(Exception):
+    """Base of all errors moe-replay raises on purpose; permanent unless a child says otherwise."""
+
+    transient = False
+
+
+class ConfigError(ReplayError, ValueError):
+    """Permanent: what the user asked for can't be run. The command line exits with code 2."""
+
+
+class RoutingMismatch(ReplayError, ValueError):
+    """Permanent: routes do not belong to these tokens, layers, experts or weights."""
+
+
+class ArchiveCorrupt(ReplayError, ValueError):
+    """Permanent: a stored object is missing, truncated, altered or of another run."""
+
+
+class EngineLost(ReplayError, RuntimeError):
+    """Transient: an engine process died; a fresh engine may succeed."""
+
+    transient = True
+
+
+class StorageUnavailable(ReplayError, OSError):
+    """Transient: object storage did not answer or cut the transfer; a later attempt may succeed."""
+
+    transient = True
