@@ -1,0 +1,1 @@
+"""Reinforcement learning for Mixture-of-Experts language models with routing replay."""

@@ -1,0 +1,1 @@
+"""Prefect tasks, one a stage, and the tracking of runs in MLflow."""

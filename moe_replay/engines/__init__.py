@@ -1,0 +1,1 @@
+"""The engines that do the work: verl trains, vLLM generates, each in a process of its own."""

@@ -1,0 +1,80 @@
+"""Where everything of a run lives: `<root>/<run_id>/run.json` and `iterations/00003/<stage>/...`.
+
+Paths here are relative to the run's folder, with forward slashes, whatever the storage behind it.
+"""
+
+import re
+from dataclasses import dataclass
+
+from moe_replay.errors import ConfigError
+
+STAGES = ("rollout", "routes", "predictor", "training", "evaluation")
+"""The stages of one iteration, in the order in which they run."""
+
+RUN_FILE = "run.json"
+COMMIT_FILE = "_committed.json"
+TIMING_FILE = "_timing.json"
+ATTEMPT_FILE = "_attempt.json"
+RESERVED_FILES = frozenset({COMMIT_FILE, TIMING_FILE, ATTEMPT_FILE})
+"""Names in a stage's folder that are the archive's own and never an object of the stage."""
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ITERATION = re.compile(r"[0-9]{5,}")
+
+
+def check_run_id(run_id: str) -> str:
+    """Return `run_id`; raise ConfigError unless it is one plain name that can't leave the root."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise ConfigError(
+            f"run id {run_id[:80]!r} is not usable: it must be 1 to 64 letters, digits, '.', '_' or '-' and start "
+            "with a letter or digit; it is a name under the root, never a path"
+        )
+    return run_id
+
+
+def check_object_path(path: str) -> str:
+    """Return `path`; raise ValueError unless it names an object strictly inside a stage's folder.
+
+    Object paths are read from storage, so nothing in them is trusted.
+    """
+    parts = path.split("/")
+    if "\\" in path or any(part in ("", ".", "..") for part in parts) or not path.isprintable() or ":" in parts[0]:
+        raise ValueError(f"object path {path[:200]!r} is not a relative path inside the artifact's folder")
+    if path in RESERVED_FILES:
+        raise ValueError(f"object path {path!r} is reserved for the archive itself")
+    return path
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Paths of one run, relative to its folder `run_id` under the root."""
+
+    run_id: str
+
+    def __post_init__(self) -> None:
+        check_run_id(self.run_id)
+
+    def stage(self, iteration: int, stage: str) -> str:
+        """Folder of one stage, e.g. `iterations/00003/rollout`; the uri of its artifact.
+
+        Raises ConfigError for a stage that does not exist and for a negative iteration.
+        """
+        if stage not in STAGES:
+            raise ConfigError(f"no stage is named {stage!r}; the stages are {', '.join(STAGES)}")
+        if iteration < 0:
+            raise ConfigError(f"iteration {iteration} is negative; iterations count from 0")
+        return f"iterations/{iteration:05d}/{stage}"
+
+    @staticmethod
+    def iteration_of(folder: str) -> int | None:
+        """Iteration that a folder name under `iterations/` stands for, or None for foreign names."""
+        return int(folder) if _ITERATION.fullmatch(folder) and folder == f"{int(folder):05d}" else None
+
+    @staticmethod
+    def place_of(uri: str) -> tuple[int, str] | None:
+        """(iteration, stage) of a stage's folder `uri`, or None when it is not one."""
+        parts = uri.split("/")
+        if len(parts) != 3 or parts[0] != "iterations" or parts[2] not in STAGES:
+            return None
+        iteration = RunLayout.iteration_of(parts[1])
+        return None if iteration is None else (iteration, parts[2])

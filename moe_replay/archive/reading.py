@@ -1,0 +1,143 @@
+"""Reading a committed artifact: everything is checked against the commit before it is handed out."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from moe_replay.archive.commits import ArtifactRef, Commit, StoredObject, sha256_hex
+from moe_replay.archive.layout import COMMIT_FILE
+from moe_replay.archive.storage import Storage
+from moe_replay.archive.zarr_stores import VerifyingStore
+from moe_replay.errors import ArchiveCorrupt
+
+_PARALLEL_OBJECTS = 8
+
+
+class Artifact:
+    """One committed artifact, opened for reading."""
+
+    def __init__(self, ref: ArtifactRef, commit: Commit, storage: Storage) -> None:
+        self.ref = ref
+        self.commit = commit
+        self._storage = storage
+        self._manifest = {stored.path: stored for stored in commit.objects}
+
+    @classmethod
+    def open(cls, storage: Storage, ref: ArtifactRef) -> "Artifact":
+        """Open the artifact in `storage`; raises ArchiveCorrupt unless its commit is the one `ref` names."""
+        try:
+            data = storage.read(COMMIT_FILE)
+        except FileNotFoundError as error:
+            raise ArchiveCorrupt(
+                f"object {storage.name}/{COMMIT_FILE} is missing: expected a commit with sha256 {ref.sha256}; "
+                "restore it, or resume the run to make it again"
+            ) from error
+        if sha256_hex(data) != ref.sha256:
+            raise ArchiveCorrupt(
+                f"object {storage.name}/{COMMIT_FILE} is not the one referred to: expected sha256 {ref.sha256}, found "
+                f"{sha256_hex(data)}; restore it, or delete what was made from it and resume the run"
+            )
+        return cls(ref, Commit.from_bytes(data, f"{storage.name}/{COMMIT_FILE}"), storage)
+
+    @property
+    def name(self) -> str:
+        """Where the artifact is, for messages."""
+        return self._storage.name
+
+    def read_bytes(self, path: str) -> bytes:
+        """One whole object; raises ArchiveCorrupt unless it is exactly what was committed."""
+        expected = self._manifest.get(path)
+        if expected is None:
+            raise ArchiveCorrupt(
+                f"artifact {self.name} holds no object {path[:200]!r}; "
+                f"it has {len(self._manifest)}: {', '.join(list(self._manifest)[:8])}"
+            )
+        try:
+            data = self._storage.read(path)
+        except FileNotFoundError:
+            data = None
+        return expected.checked(self.name, data)
+
+    def zarr_store(self, subpath: str) -> VerifyingStore:
+        """A read-only zarr store over the objects below `subpath` that checks every object it reads."""
+        store = self._storage.zarr_store(subpath).with_read_only(True)
+        return VerifyingStore(store, subpath, self._manifest, self.name)
+
+    def problems(self) -> list[str]:
+        """Re-read every object; what is missing, truncated or altered, one line each."""
+        return self._problems_at(self._storage, self.commit.objects)
+
+    def require_whole(self) -> None:
+        """Raise ArchiveCorrupt with every problem there is; re-reads every object."""
+        self._require(self._storage, self.commit.objects)
+
+    def localize(self, cache_dir: Path, below: str = "") -> Path:
+        """A folder on this machine's disk with all objects, or all `below` a subfolder, each checked just now.
+
+        Paths in it are the objects' own. Local artifacts stay in place; others are downloaded whole or not at all
+        into a folder of `cache_dir` named by the reference's sha256. Raises ArchiveCorrupt with everything that is
+        wrong.
+        """
+        wanted = [stored for stored in self.commit.objects if not below or stored.path.startswith(f"{below}/")]
+        if below and not wanted:
+            raise ArchiveCorrupt(f"artifact {self.name} holds no object below {below!r}; it is of another stage")
+        local = self._storage.local_folder
+        if local is not None:
+            self._require(self._storage, wanted)
+            return local
+        # A part has a folder of its own, or it would pass for the whole.
+        kept = cache_dir / "-".join([self.ref.sha256, *below.split("/")]).rstrip("-")
+        if kept.exists():
+            if not self._problems_at(Storage.at(str(kept)), wanted):
+                return kept
+            shutil.rmtree(kept)
+        partial = cache_dir / f".{kept.name}.{uuid.uuid4().hex}"
+        partial.mkdir(parents=True)
+        try:
+            self._download(wanted, partial)
+            _move_into_place(partial, kept)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return kept
+
+    def _download(self, wanted: Sequence[StoredObject], folder: Path) -> None:
+        def fetch(stored: StoredObject) -> None:
+            target = folder / stored.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._storage.download(stored.path, target)
+            except FileNotFoundError:
+                target.unlink(missing_ok=True)
+
+        with ThreadPoolExecutor(_PARALLEL_OBJECTS) as pool:
+            list(pool.map(fetch, wanted))
+        self._require(Storage.at(str(folder)), wanted)
+
+    def _require(self, storage: Storage, wanted: Sequence[StoredObject]) -> None:
+        problems = self._problems_at(storage, wanted)
+        if problems:
+            raise ArchiveCorrupt("\n".join(problems))
+
+    def _problems_at(self, storage: Storage, wanted: Sequence[StoredObject]) -> list[str]:
+        with ThreadPoolExecutor(_PARALLEL_OBJECTS) as pool:
+            found = pool.map(lambda stored: self._problem_in(storage, stored), wanted)
+            return [problem for problem in found if problem]
+
+    def _problem_in(self, storage: Storage, stored: StoredObject) -> str | None:
+        try:
+            found = storage.digest(stored.path)
+        except FileNotFoundError:
+            found = None
+        return stored.problem(self.name, found)
+
+
+def _move_into_place(partial: Path, kept: Path) -> None:
+    try:
+        os.rename(partial, kept)
+    except OSError:
+        # Another process localized the same artifact first; its copy is as good.
+        if not kept.is_dir():
+            raise

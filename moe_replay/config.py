@@ -1,0 +1,268 @@
+"""Every setting a run can be told, documented where it is declared. Imports nothing heavy.
+
+A config is sparse TOML over these defaults, and the defaults are the embedded model and task.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from moe_replay.errors import ConfigError
+from moe_replay.methods import Method
+
+EMBEDDED = "embedded"
+"""Stands for the tiny model, its training problems or its benchmark, all made on the spot."""
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Config(BaseModel):
+    """Frozen, and refuses keys it doesn't know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Config):
+    """The policy to train."""
+
+    path: str = EMBEDDED
+    """A folder or hub name of a Hugging Face Mixture-of-Experts model, or `embedded`."""
+
+
+class DataConfig(Config):
+    """The problems to train on."""
+
+    train: str = EMBEDDED
+    """A Parquet file in verl's schema (prompt, data_source, reward_model, extra_info), or `embedded`."""
+
+
+class RolloutConfig(Config):
+    """How vLLM samples responses."""
+
+    prompts: PositiveInt = 32
+    """Prompts drawn per iteration."""
+    responses: int = Field(default=8, ge=2)
+    """Responses sampled per prompt: the group over which GRPO normalises rewards."""
+    max_prompt_tokens: PositiveInt = 32
+    """Longer prompts are refused, never cut."""
+    max_response_tokens: PositiveInt = 8
+    """A response that reaches this length without ending counts as truncated."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probs of both engines are taken at it."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the inference engine."""
+    memory_fraction: float = Field(default=0.5, gt=0, lt=1)
+    """Share of a GPU's memory that vLLM may take; the rest is the trainer's. Has no effect on a CPU."""
+
+
+class TrainingConfig(Config):
+    """How verl updates the policy."""
+
+    mini_steps: PositiveInt = 4
+    """κ: optimizer steps per rollout batch, each on prompts * responses / κ sequences."""
+    learning_rate: PositiveFloat = 1e-4
+    """AdamW's learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens per forward pass; verl packs sequences into micro-batches up to it."""
+    recompute: bool = False
+    """Recompute activations in backward instead of keeping them."""
+    dtype: Dtype = "float32"
+    """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
+
+
+class EvaluationConfig(Config):
+    """How the new policy is scored on held-out problems."""
+
+    benchmarks: dict[str, str] = Field(default_factory=lambda: {"addition": EMBEDDED})
+    """Name to Parquet file in verl's schema, or `embedded`."""
+    samples: PositiveInt = 4
+    """n of avg@n and pass@n."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+    every: PositiveInt = 1
+    """Evaluate after every so many iterations, and after the last."""
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _names_are_metric_parts(cls, benchmarks: dict[str, str]) -> dict[str, str]:
+        for name in benchmarks:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"benchmark name {name!r} becomes part of a metric key: letters, digits, - and _")
+        return benchmarks
+
+
+class StorageConfig(Config):
+    """Where artifacts live."""
+
+    root: str | None = None
+    """Any fsspec URL (`s3://bucket/runs`, a folder); by default `runs` under MOE_REPLAY_HOME."""
+    chunk_tokens: PositiveInt = 65536
+    """Tokens per chunk of the routing archive, the least that a partial read touches in one layer."""
+
+
+class TrackingConfig(Config):
+    """How MLflow files the run; where is MLFLOW_TRACKING_URI, by default a database in MOE_REPLAY_HOME."""
+
+    experiment: str = Field(default="moe-replay", min_length=1)
+    """MLflow experiment."""
+
+
+class StagesConfig(Config):
+    """How stages are retried."""
+
+    retries: NonNegativeInt = 2
+    """Attempts after the first, for transient errors only."""
+    retry_delay_seconds: NonNegativeFloat = 2.0
+    """Wait before the first retry; doubles with each one."""
+    timeout_seconds: PositiveFloat = 6 * 3600.0
+    """A stage that takes longer is stopped and its engine replaced."""
+
+
+class RunConfig(Config):
+    """One training run."""
+
+    seed: NonNegativeInt = 0
+    """Root of every seed of the run: data order, sampling, training."""
+    iterations: PositiveInt = 5
+    """Rollout-and-train cycles."""
+    method: Method = Field(default_factory=lambda: Method.model_validate("r3"))
+    """A preset's name, or a table (see `moe_replay.methods`)."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    stages: StagesConfig = StagesConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "RunConfig":
+        sequences = self.rollout.prompts * self.rollout.responses
+        if sequences % self.training.mini_steps:
+            raise ValueError(
+                f"training.mini_steps = {self.training.mini_steps} does not divide the rollout batch of "
+                f"rollout.prompts * rollout.responses = {sequences} sequences; change one of the three"
+            )
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.training.micro_batch_tokens < longest:
+            raise ValueError(
+                f"training.micro_batch_tokens = {self.training.micro_batch_tokens} holds no sequence of "
+                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; raise it"
+            )
+        return self
+
+    def digest(self, *sections: str) -> str:
+        """sha256 of the named sections: what a stage's output depends on, besides its inputs."""
+        # The root is where a run lies, not what it is: a copied run stays the same run.
+        chosen = self.model_dump(mode="json", include=set(sections), exclude={"storage": {"root"}})
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+    def evaluates(self, iteration: int) -> bool:
+        """Whether the policy is scored after this iteration (counted from 0)."""
+        last = iteration == self.iterations - 1
+        return bool(self.evaluation.benchmarks) and (last or (iteration + 1) % self.evaluation.every == 0)
+
+
+def home_folder() -> Path:
+    """MOE_REPLAY_HOME, by default `.moe-replay` in the working folder: runs, databases, caches, logs."""
+    return Path(os.environ.get("MOE_REPLAY_HOME") or ".moe-replay").expanduser().absolute()
+
+
+def run_root(config: RunConfig) -> str:
+    """The URL under which the run's folder lies."""
+    return config.storage.root or (home_folder() / "runs").as_uri()
+
+
+def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a TOML config and lay dotted overrides (`rollout.prompts`) over it.
+
+    Raises:
+        ConfigError: the file is missing or malformed, a key is unknown, a value is impossible.
+    """
+    document: dict[str, Any] = {}
+    if path is not None:
+        try:
+            document = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(
+                f"the config {path} can't be read ({error.strerror}); give the path of a TOML file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the config {path} is not valid TOML: {error}") from error
+    for key, value in (overrides or {}).items():
+        _override(document, key, value)
+    return parse_config(document)
+
+
+def parse_config(document: dict[str, Any]) -> RunConfig:
+    """Validate a config document. Raises ConfigError listing every key that is wrong and why."""
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is read as TOML where it is TOML, else it is a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text!r} is not key=value, for example --set rollout.prompts=64")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _override(document: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    table = document
+    for parent in parents:
+        inner = table.setdefault(parent, {})
+        if parent == "method" and isinstance(inner, str):
+            inner = table[parent] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {dotted}: {parent!r} holds the value {inner!r}, it has no key {last!r}")
+        table = inner
+    table[last] = value
+
+
+def _explain(problem: Any) -> str:
+    """One line for one of pydantic's findings, with the nearest key where a key is unknown."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        message = problem["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        return f"{where}: {message}{given}" if where else message
+    model: Any = RunConfig
+    for part in problem["loc"][:-1]:
+        model = model.model_fields[part].annotation
+    known = list(model.model_fields)
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown config key {where!r}: {hint}"

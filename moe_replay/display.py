@@ -1,0 +1,89 @@
+"""What people see on the terminal: a table of results that grows while a run works."""
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+_STAGES = ("rollout", "routes", "training", "evaluation")
+_HEADINGS = {
+    "reward/mean": "reward",
+    "mismatch/kl_k3": "KL k3",
+    "mismatch/extreme_fraction": "extreme",
+    "routing/agreement": "agreement",
+}
+
+
+class RunDisplay:
+    """A live table on a terminal; elsewhere a line an iteration, and the table at the end."""
+
+    def __init__(self, console: Console, title: str):
+        self._console = console
+        self._title = title
+        self._results: list[dict[str, float]] = []
+        self._status = "starting"
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        else:
+            self._console.print(self._title)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._status = "" if kind is None else "stopped"
+        if self._console.is_terminal:
+            self._live.stop()
+        elif self._results:
+            self._console.print(results_table(self._title, self._results))
+
+    def on_progress(self, stage: str, done: int, total: int, what: str) -> None:
+        """Show what a stage is at."""
+        self._status = f"{stage}: {done} of {total} {what}" if total else f"{stage}: {what}"
+
+    def on_result(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Add an iteration's row."""
+        self._results.append(metrics)
+        if not self._console.is_terminal:
+            told = [
+                f"{heading} {metrics[name]:.4g}" for name, heading in _columns([metrics]).items() if name in metrics
+            ]
+            self._console.print(f"iteration {iteration}: {', '.join(told)}", soft_wrap=True, highlight=False)
+
+    def _render(self) -> Group:
+        return Group(results_table(self._title, self._results), Text(self._status, style="dim"))
+
+
+def results_table(title: str, results: Iterable[dict[str, float]]) -> Table:
+    """One row an iteration: the headline metrics, then the seconds that each stage took."""
+    results = list(results)
+    table = Table(title=title, title_justify="left")
+    table.add_column("iteration", justify="right")
+    columns = _columns(results)
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for iteration, metrics in enumerate(results):
+        cells = [_cell(name, metrics.get(name)) for name in columns]
+        table.add_row(str(iteration), *cells)
+    return table
+
+
+def _columns(results: list[dict[str, float]]) -> dict[str, str]:
+    """Metric key to heading; evaluation and stages only where some iteration has them."""
+    seen = {name for metrics in results for name in metrics}
+    evaluations = {name: name.removeprefix("eval/") for name in sorted(seen) if name.endswith("/avg_at_n")}
+    times = {f"time/{stage}": f"{stage} s" for stage in _STAGES if f"time/{stage}" in seen}
+    return _HEADINGS | evaluations | times
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if name.startswith("time/"):
+        return f"{value:.2f}"
+    return f"{value:.2e}" if name == "mismatch/kl_k3" else f"{value:.4f}"

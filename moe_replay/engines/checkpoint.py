@@ -1,0 +1,98 @@
+"""Checkpoints without pickle: Hugging Face weights that any engine loads, and the optimizer's state beside them.
+
+verl writes and reads its shards with `torch.save` and `torch.load(weights_only=False)`, which runs whatever code a
+stored file holds. This manager takes the place of verl's behind the engine's own `save_checkpoint` and
+`load_checkpoint`, and keeps verl's for the model's config and tokenizer.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+
+from moe_replay.errors import ArchiveCorrupt
+
+MODEL_FOLDER = "huggingface"
+"""Where verl's manager puts config and tokenizer; the weights lie beside them, so vLLM can load the folder."""
+OPTIMIZER_FOLDER = "optimizer"
+_SCALARS = "scalars.json"
+_SHARD_SIZE = "4GB"
+
+
+class SafetensorsCheckpointManager(FSDPCheckpointManager):
+    """Saves a checkpoint whole and independent of the number of ranks; rank 0 writes."""
+
+    def save_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
+    ) -> None:
+        """Write `huggingface/` (weights in the trainer's precision) and `optimizer/` under `local_path`."""
+        assert not self.checkpoint_save_contents, "verl's own shards are pickles: save_contents must be empty"
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=whole)
+        state = get_optimizer_state_dict(
+            self.model,
+            self.optimizer,
+            options=whole,
+        )
+        if self.rank == 0:
+            # transformers undoes its own renaming and fusing of experts, for every family it can load.
+            self.model.save_pretrained(Path(local_path) / MODEL_FOLDER, state_dict=weights)
+            _write_optimizer(Path(local_path) / OPTIMIZER_FOLDER, state, self.lr_scheduler.state_dict())
+        torch.distributed.barrier()
+
+    def load_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
+    ) -> None:
+        """Restore optimizer and scheduler; the weights are loaded when the engine is built from `huggingface/`.
+
+        Raises:
+            ArchiveCorrupt: the state is not that of this model's parameters.
+        """
+        state, scheduler = _read_optimizer(Path(local_path) / OPTIMIZER_FOLDER)
+        try:
+            set_optimizer_state_dict(
+                self.model,
+                self.optimizer,
+                optim_state_dict=state,
+                options=StateDictOptions(full_state_dict=True),
+            )
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ArchiveCorrupt(
+                f"the optimizer state in {local_path} covers {len(state['state'])} parameters and does not fit this "
+                f"model ({error}); resume with the model the run was started with"
+            ) from error
+        self.lr_scheduler.load_state_dict(scheduler)
+        torch.distributed.barrier()
+
+
+def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    tensors = {
+        f"{parameter}/{slot}": torch.as_tensor(value).contiguous()
+        for parameter, slots in state["state"].items()
+        for slot, value in slots.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(tensors, folder, filename_pattern="optimizer{suffix}.safetensors", max_shard_size=_SHARD_SIZE)
+    document = {"param_groups": state["param_groups"], "scheduler": scheduler}
+    (folder / _SCALARS).write_text(json.dumps(document, sort_keys=True))
+
+
+def _read_optimizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    document = json.loads((folder / _SCALARS).read_text())
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        for key, value in load_file(shard).items():
+            parameter, slot = key.rsplit("/", 1)
+            state.setdefault(parameter, {})[slot] = value
+    return {"state": state, "param_groups": document["param_groups"]}, document["scheduler"]

@@ -1,0 +1,163 @@
+"""An engine in a process of its own.
+
+verl and vLLM keep global state (process groups, seeds, thread pools) and can take their process down with them. Held
+at arm's length an engine is a cache: it can die, be killed or be replaced, and the flow that drives it goes on.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from moe_replay.errors import EngineLost, ReplayError
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what) while a stage works."""
+
+_STOP_SECONDS = 5.0
+_PARENT_POLL_SECONDS = 1.0
+
+
+def no_progress(done: int, total: int, what: str) -> None:
+    """Report nothing."""
+
+
+class EngineProcess:
+    """Builds `build(*arguments)` in a spawned process and runs functions on it, one at a time.
+
+    The child's output goes to `log`. It leads a process group of its own, so that whatever the engine starts is ended
+    with it, and it ends itself when this process is gone.
+    """
+
+    def __init__(self, build: str, arguments: tuple[Any, ...], name: str, log: Path, environment: dict[str, str]):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self.log = log
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(build, arguments, theirs, log, environment, os.getpid()), name=name
+        )
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine, which is its process group's too."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.is_alive()
+
+    def call(self, function: str, progress: Progress, *args: Any) -> Any:
+        """Run `function(engine, progress, *args)` in the engine's process and return its result.
+
+        The function is named as `package.module:name`, so that this process need not import what the engine needs.
+
+        Raises:
+            EngineLost: the process died; its log says why.
+            Exception: what the function, or the building of the engine, raised.
+        """
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send((function, args))
+        try:
+            while True:
+                kind, payload = self._receive()
+                if kind == "result":
+                    return payload
+                if kind == "error":
+                    raise payload
+                progress(*payload)
+        except (EOFError, ConnectionResetError) as error:
+            raise self._lost() from error
+
+    def stop(self) -> None:
+        """End the engine and everything it started. Harmless when it is gone already."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
+            self._process.join(_STOP_SECONDS)
+            if not self._process.is_alive() and number == signal.SIGKILL:
+                break
+        self._connection.close()
+
+    def _receive(self) -> tuple[str, Any]:
+        # Waiting in short turns lets Prefect's time-outs and cancellations reach this thread.
+        while not (ready := wait([self._connection, self._process.sentinel], timeout=0.5)):
+            pass
+        if self._connection in ready or self._connection.poll():
+            return self._connection.recv()
+        raise EOFError
+
+    def _lost(self) -> EngineLost:
+        self._process.join(_STOP_SECONDS)
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-8:]) if self.log.exists() else ""
+        return EngineLost(
+            f"the {self.name} engine (process {self.pid}) ended with exit code {self._process.exitcode} while at work; "
+            f"a retry starts a fresh one. End of its log {self.log}:\n{tail}"
+        )
+
+
+def _serve(
+    build: str, arguments: tuple[Any, ...], connection: Connection, log: Path, environment: dict[str, str], parent: int
+) -> None:
+    os.setpgid(0, 0)
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    _write_to(log)
+    try:
+        engine = resolve_name(build)(*arguments)
+    except BaseException as error:
+        _answer_error(connection, error)
+        raise
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = resolve_name(function)(engine, lambda *news: connection.send(("progress", news)), *args)
+            connection.send(("result", result))
+        except Exception as error:
+            _answer_error(connection, error)
+
+
+def _answer_error(connection: Connection, error: BaseException) -> None:
+    """Send the error itself where it is one of ours, else its text: an engine's own errors need not unpickle."""
+    traceback.print_exc()
+    sys.stderr.flush()
+    if not isinstance(error, ReplayError):
+        error = RuntimeError("".join(traceback.format_exception_only(error)).strip())
+    with contextlib.suppress(OSError):
+        connection.send(("error", error))
+
+
+def _write_to(log: Path) -> None:
+    """Point this process's output, the engine's children included, at the log file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+
+
+def _end_with_parent(parent: int) -> None:
+    """End the whole group once the driving process is gone: SIGKILL gives it no chance to say goodbye."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL_SECONDS)
+    os.killpg(0, signal.SIGKILL)

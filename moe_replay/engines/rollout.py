@@ -1,0 +1,174 @@
+"""vLLM as the rollout engine: responses with log-probs and routes, under weights that are swapped in place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_replay.config import RolloutConfig
+from moe_replay.engines.process import Progress
+from moe_replay.errors import ConfigError, RoutingMismatch
+from moe_replay.routing.trace import RoutingTrace, refuse_dead_capture
+
+ENVIRONMENT = {
+    # One thread of control: requests are batched in the same order each time, so the same seeds give the same bytes.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_NO_USAGE_STATS": "1",
+    # vLLM would pin the cores that the trainer works on too.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample."""
+
+    messages: list[dict[str, Any]]
+    """Chat messages, as in verl's `prompt` column."""
+    seed: int
+    """Seed of this response's sampler, so that it depends on nothing else in the batch."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response of T prompt and response tokens."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    """Includes the end-of-sequence token unless truncated."""
+    log_probs: list[float]
+    """log μ of each response token, at the sampling temperature."""
+    text: str
+    truncated: bool
+    """Stopped by its length, not by an end-of-sequence token."""
+    trace: RoutingTrace
+    """Routes of all T tokens; the last, which was never fed, is missing."""
+
+
+class RolloutEngine:
+    """One vLLM engine that captures routes."""
+
+    def __init__(self, model: Path, config: RolloutConfig):
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.config = config
+        self.weights: str | None = None
+        """Which weights are loaded, as the caller named them."""
+        self._llm = LLM(
+            model=str(model),
+            dtype=config.dtype,
+            max_model_len=config.max_prompt_tokens + config.max_response_tokens,
+            gpu_memory_utilization=config.memory_fraction,
+            enforce_eager=current_platform.is_cpu(),
+            enable_return_routed_experts=True,
+            # Log-probs at the sampling temperature, as the trainer takes them.
+            logprobs_mode="processed_logprobs",
+            worker_extension_cls="moe_replay.engines.vllm_plugin.PolicyLoader",
+            disable_log_stats=True,
+            seed=0,
+        )
+        model_config = self._llm.llm_engine.model_config
+        self.num_experts = int(model_config.get_num_experts())
+        self.top_k = int(model_config.get_num_experts_per_tok())
+        self.layers = tuple(self._llm.collective_rpc("moe_replay_router_layers")[0])
+
+    @property
+    def version(self) -> str:
+        """vLLM's version."""
+        from importlib.metadata import version
+
+        import vllm
+
+        return getattr(vllm, "__version__", "") or version("vllm")
+
+    def load(self, folder: Path, weights: str) -> None:
+        """Swap in the weights of a Hugging Face checkpoint folder, named `weights`, unless they are there already."""
+        if weights == self.weights:
+            return
+        self.weights = None
+        self._llm.collective_rpc("moe_replay_load", args=(str(folder),))
+        self.weights = weights
+
+    def generate(self, requests: Sequence[Request], temperature: float, progress: Progress) -> list[Response]:
+        """Sample one response for each request, in their order.
+
+        Raises:
+            ConfigError: a prompt is longer than `max_prompt_tokens`.
+            RoutingMismatch: routes are absent, misaligned, or all alike.
+        """
+        from vllm import SamplingParams
+
+        # A cached block holds keys, values and routes of the weights it was computed under, and a batch that finds
+        # blocks in the cache is computed in another shape than one that doesn't: start each batch without.
+        self._llm.reset_prefix_cache()
+        prompts = self._tokenize([request.messages for request in requests])
+        sampling = [
+            SamplingParams(
+                temperature=temperature, max_tokens=self.config.max_response_tokens, logprobs=0, seed=request.seed
+            )
+            for request in requests
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=_progress_bar(progress)
+        )
+        responses = [self._response(output) for output in outputs]
+        if responses:
+            refuse_dead_capture(RoutingTrace.concatenate([response.trace for response in responses]))
+        return responses
+
+    def _tokenize(self, conversations: list[list[dict[str, Any]]]) -> list[list[int]]:
+        tokenizer: Any = self._llm.get_tokenizer()
+        longest = self.config.max_prompt_tokens
+        prompts = []
+        for number, messages in enumerate(conversations):
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            if not 0 < len(ids) <= longest:
+                raise ConfigError(
+                    f"prompt {number} of the batch has {len(ids)} tokens, rollout.max_prompt_tokens allows 1 to "
+                    f"{longest}; prompts are never cut: raise the limit or drop the prompt from the data. It begins "
+                    f"{str(messages)[:80]!r}"
+                )
+            prompts.append(list(ids))
+        return prompts
+
+    def _response(self, output: Any) -> Response:
+        sample = output.outputs[0]
+        prompt_ids, response_ids = list(output.prompt_token_ids), list(sample.token_ids)
+        if sample.routed_experts is None:
+            raise RoutingMismatch(
+                f"the engine returned no routes for a sequence of {len(prompt_ids) + len(response_ids)} tokens; "
+                "its kernel does not report the experts it selects: choose another MoE kernel for vLLM"
+            )
+        captured = np.asarray(sample.routed_experts)
+        if captured.shape[1] <= self.layers[-1]:
+            raise RoutingMismatch(
+                f"the engine captured {captured.shape[1]} decoder layers, the last with experts is {self.layers[-1]}; "
+                "capture and model disagree on the layer map"
+            )
+        return Response(
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            log_probs=[step[token].logprob for step, token in zip(sample.logprobs, response_ids, strict=True)],
+            text=sample.text,
+            truncated=sample.finish_reason == "length",
+            trace=RoutingTrace.from_capture(
+                captured[:, list(self.layers)], len(prompt_ids) + len(response_ids), self.num_experts, self.layers
+            ),
+        )
+
+
+def _progress_bar(progress: Progress) -> Any:
+    """A tqdm class that reports to `progress` instead of drawing."""
+    from tqdm import tqdm
+
+    class Reporter(tqdm):
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            if not str(self.desc).startswith("Adding"):  # vLLM draws a bar of its own for queueing requests
+                progress(int(self.n), int(self.total or 0), "responses")
+
+    return Reporter

@@ -1,0 +1,79 @@
+"""The methods of routing replay, as data (`docs/methods.md` has the mathematics).
+
+A method says where the experts of the training pass come from, which of verl's policy losses is used, and whether
+the train-infer mismatch is corrected by a truncated importance weight. The names are presets; any field of a preset
+can be overridden, and a name of your own with all fields given is a method too.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+
+RouteSource = Literal["none", "old_log_prob", "rollout"]
+PolicyLoss = Literal["vanilla", "gspo", "sapo", "geo_mean", "cispo"]
+LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+_GRPO = {
+    "route_source": "none",
+    "policy_loss": "vanilla",
+    "loss_aggregation": "token-mean",
+    "clip_low": 0.2,
+    "clip_high": 0.28,  # clip-higher of DAPO, arXiv 2503.14476
+    "importance_threshold": None,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # GRPO, arXiv 2402.03300.
+    "grpo": _GRPO,
+    # GSPO, arXiv 2507.18071: ratio and clip of whole sequences.
+    "gspo": _GRPO
+    | {"policy_loss": "gspo", "loss_aggregation": "seq-mean-token-mean", "clip_low": 3e-4, "clip_high": 4e-4},
+    # Truncated importance sampling, Yao et al. 2025: min(π_old/μ_old, C).
+    "tis": _GRPO | {"importance_threshold": 2.0},
+    # R2, arXiv 2507.18071 and 2512.01374: replay the trainer's old-log-prob pass.
+    "r2": _GRPO | {"route_source": "old_log_prob"},
+    # R3, arXiv 2510.11370: replay the inference engine's routes.
+    "r3": _GRPO | {"route_source": "rollout"},
+}
+
+
+class Method(BaseModel):
+    """How one training run treats routes, loss and train-infer mismatch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """A preset (`grpo`, `gspo`, `tis`, `r2`, `r3`) or a name of your own, which then needs every field."""
+    route_source: RouteSource
+    """Experts of the training pass: `none` (the router's own), `old_log_prob` (R2) or `rollout` (R3)."""
+    policy_loss: PolicyLoss
+    """A policy loss of verl's registry (`verl.trainer.ppo.core_algos`)."""
+    loss_aggregation: LossAggregation
+    """verl's `loss_agg_mode`."""
+    clip_low: PositiveFloat
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat
+    """The ratio is clipped above at 1 + clip_high."""
+    importance_threshold: float | None = Field(gt=1.0)
+    """C of truncated importance sampling, per token; none switches the correction off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            if given not in PRESETS:
+                raise ValueError(
+                    f"unknown method {given!r}: known are {', '.join(PRESETS)}; "
+                    "for one of your own give a table with a name and every field"
+                )
+            given = {"name": given}
+        if isinstance(given, dict):
+            return {**PRESETS.get(str(given.get("name")), {}), **given}
+        return given
+
+    @property
+    def label(self) -> str:
+        """The name, followed by what differs from the preset of that name: `r3+policy_loss=gspo`."""
+        preset = PRESETS.get(self.name, {})
+        changed = [f"{key}={getattr(self, key)}" for key, value in preset.items() if getattr(self, key) != value]
+        return "+".join([self.name, *changed])

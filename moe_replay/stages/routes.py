@@ -1,0 +1,21 @@
+"""Archiving: the rollout's routes, checked against their tokens, in the form that the rest of the run reads."""
+
+from moe_replay.archive.commits import ArtifactRef
+from moe_replay.archive.routes import write_routes
+from moe_replay.stages.run import Run
+from moe_replay.stages.samples import read_samples, route_origin
+
+
+def archive_routes(run: Run, iteration: int, rollout: ArtifactRef) -> ArtifactRef:
+    """Write and commit the routing archive of a rollout.
+
+    Raises:
+        ArchiveCorrupt: the rollout is not as committed.
+        RoutingMismatch: routes and tokens do not belong together.
+    """
+    writer = run.store().begin("routes", iteration, {"rollout": rollout}, run.digest("routes"))
+    artifact = run.open(rollout)
+    sequences = ((sample.trace, sample.token_digest) for sample in read_samples(artifact))
+    provenance = write_routes(writer, sequences, route_origin(artifact), run.config.storage.chunk_tokens)
+    tokens = provenance.captured_rows + provenance.missing_rows
+    return writer.commit(metrics={}, attributes={"tokens": tokens, "missing_rows": provenance.missing_rows})

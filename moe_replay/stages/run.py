@@ -1,0 +1,87 @@
+"""A run as its stages see it: where its artifacts are, which weights a reference stands for, which seed to use."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from moe_replay.archive.artifacts import Artifact, RunStore
+from moe_replay.archive.commits import ArtifactRef
+from moe_replay.config import RunConfig
+from moe_replay.seeds import derive_seed
+
+CHECKPOINT_FOLDER = "checkpoint"
+"""Folder of the checkpoint within a training artifact."""
+_INITIAL = "model://"
+
+STAGE_SECTIONS = {
+    "rollout": ("seed", "model", "data", "rollout"),
+    "routes": ("storage",),
+    "training": ("seed", "model", "method", "rollout", "training"),
+    "evaluation": ("seed", "model", "rollout", "evaluation"),
+}
+"""The sections of the config that a stage's output depends on, besides its inputs."""
+
+
+class Policy(NamedTuple):
+    """Weights on local disk."""
+
+    folder: Path
+    """A Hugging Face model, or a checkpoint of the training engine."""
+    sha256: str
+    is_checkpoint: bool
+
+
+class Run(BaseModel):
+    """One run, prepared: everything a stage needs, small enough to be a parameter of a task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    root: str
+    """URL under which the run's folder lies."""
+    home: Path
+    """Local folder for caches and logs."""
+    config: RunConfig
+    model: Path
+    """The model that the run starts from, on local disk."""
+    model_sha256: str
+    train: Path
+    benchmarks: dict[str, Path]
+
+    def store(self) -> RunStore:
+        """The run's artifacts."""
+        return RunStore(self.root, self.run_id)
+
+    def seed(self, *what: str | int) -> int:
+        """The seed for one purpose (see `derive_seed`)."""
+        return derive_seed(self.config.seed, *what)
+
+    def digest(self, stage: str) -> str:
+        """What a stage's output depends on in the config."""
+        return self.config.digest(*STAGE_SECTIONS[stage])
+
+    def find(self, stage: str, iteration: int, inputs: dict[str, ArtifactRef]) -> ArtifactRef | None:
+        """The stage's commit made from these inputs and this config, verified; none when it is still to be made.
+
+        Raises ConfigError when the stage was committed from others.
+        """
+        return self.store().find(stage, iteration, inputs, self.digest(stage))
+
+    @property
+    def initial_policy(self) -> ArtifactRef:
+        """Stands for the model that the run starts from."""
+        return ArtifactRef(uri=_INITIAL + self.config.model.path, sha256=self.model_sha256)
+
+    def policy(self, ref: ArtifactRef, with_optimizer: bool) -> Policy:
+        """The weights a reference stands for, fetched to local disk and verified."""
+        if ref.uri.startswith(_INITIAL):
+            return Policy(self.model, ref.sha256, is_checkpoint=False)
+        artifact = self.store().open(ref)
+        below = CHECKPOINT_FOLDER if with_optimizer else f"{CHECKPOINT_FOLDER}/huggingface"
+        folder = artifact.localize(self.home / "cache", below)
+        return Policy(folder / CHECKPOINT_FOLDER, ref.sha256, is_checkpoint=True)
+
+    def open(self, ref: ArtifactRef) -> Artifact:
+        """A committed artifact of this run."""
+        return self.store().open(ref)

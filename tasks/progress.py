@@ -1,0 +1,53 @@
+"""Progress of long work: to whoever listens in this process, and to Prefect as artifacts."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+Listener = Callable[[str, int, int, str], None]
+"""Called with (stage, done, total, what)."""
+
+_FIRST_REPORT_SECONDS = 2.0
+_REPORT_EVERY_SECONDS = 1.0
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Have `listener` told of progress made in this process."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+class StageProgress:
+    """Passes a stage's progress on; a Prefect artifact is made only for a stage long enough to be watched."""
+
+    def __init__(self, stage: str, iteration: int):
+        self._stage = stage
+        self._iteration = iteration
+        self._next_report = time.monotonic() + _FIRST_REPORT_SECONDS
+        self._artifact: UUID | None = None
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Report that `done` of `total` are through."""
+        for listener in _listeners:
+            listener(self._stage, done, total, what)
+        if total and time.monotonic() >= self._next_report:
+            self._report(100 * done / total, f"{done} of {total} {what}")
+            self._next_report = time.monotonic() + _REPORT_EVERY_SECONDS
+
+    def _report(self, percent: float, description: str) -> None:
+        if self._artifact is None:
+            created = create_progress_artifact(
+                progress=percent, key=f"{self._stage}-{self._iteration}", description=description
+            )
+            assert isinstance(created, UUID)
+            self._artifact = created
+        else:
+            update_progress_artifact(self._artifact, progress=percent, description=description)

@@ -1,0 +1,47 @@
+"""Results as they come: to whoever listens in this process, to the log, and as a table to the Prefect UI."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from moe_replay.stages.run import Run
+
+ResultListener = Callable[[int, dict[str, float]], None]
+"""Called with (iteration, its metrics)."""
+HEADLINES = ("reward/mean", "mismatch/kl_k3", "mismatch/extreme_fraction", "routing/agreement")
+"""The metrics that tell at a glance how a run fares; evaluation's are added."""
+
+_listeners: list[ResultListener] = []
+
+
+@contextmanager
+def hearing_results(listener: ResultListener) -> Iterator[None]:
+    """Have `listener` told of each iteration that ends in this process."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def headlines(metrics: dict[str, float]) -> dict[str, float]:
+    """What a table shows of an iteration."""
+    names = [*HEADLINES, *sorted(name for name in metrics if name.startswith("eval/"))]
+    return {name: metrics[name] for name in names if name in metrics}
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def report_results(run: Run, results: list[dict[str, float]]) -> None:
+    """Tell listeners and the log of the newest iteration, and refresh the run's table in the Prefect UI."""
+    newest = len(results) - 1
+    for listener in _listeners:
+        listener(newest, results[newest])
+    told = ", ".join(f"{name} {value:.4g}" for name, value in headlines(results[newest]).items())
+    get_run_logger().info("iteration %d: %s", newest, told)
+    rows = [{"iteration": n, **headlines(result)} for n, result in enumerate(results)]
+    key = "results-" + re.sub(r"[^a-z0-9]+", "-", run.run_id.lower()).strip("-")
+    create_table_artifact(table=rows, key=key, description=f"Run `{run.run_id}`, method {run.config.method.label}")

@@ -1,0 +1,84 @@
+"""One thin task a stage: references in, a reference out; the work is done by `moe_replay.stages`.
+
+Storage decides whether a stage has to run: Prefect's own result cache is off, so that a retried flow run, a new
+deployment run and an empty Prefect database all do the same.
+"""
+
+from collections.abc import Callable
+
+from prefect import Task, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from moe_replay.archive.commits import ArtifactRef
+from moe_replay.config import StagesConfig
+from moe_replay.stages.run import Run
+from tasks.engines import engines_of
+from tasks.progress import StageProgress
+from tasks.retry import is_transient
+
+
+def configured(stage: Task[..., ArtifactRef], settings: StagesConfig) -> Task[..., ArtifactRef]:
+    """The task with the run's own retries and time-out."""
+    delays = [settings.retry_delay_seconds * 2**attempt for attempt in range(settings.retries)]
+    return stage.with_options(
+        retries=settings.retries, retry_delay_seconds=delays, timeout_seconds=settings.timeout_seconds
+    )
+
+
+@task(name="rollout", task_run_name="rollout-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
+def generate_rollouts(run: Run, iteration: int, policy: ArtifactRef) -> ArtifactRef:
+    """Sample responses with vLLM, score them, and keep their log-probs and routes."""
+    return _on_engine(run, "rollout", iteration, {"policy": policy}, "rollout", "rollout:generate_rollouts")
+
+
+@task(name="routes", task_run_name="routes-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
+def archive_routes(run: Run, iteration: int, rollout: ArtifactRef) -> ArtifactRef:
+    """Check the rollout's routes against its tokens and write the routing archive."""
+    from moe_replay.stages import routes
+
+    return _unless_committed(
+        run, "routes", iteration, {"rollout": rollout}, lambda: routes.archive_routes(run, iteration, rollout)
+    )
+
+
+@task(name="training", task_run_name="training-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
+def train_replayed(
+    run: Run, iteration: int, policy: ArtifactRef, rollout: ArtifactRef, routes: ArtifactRef
+) -> ArtifactRef:
+    """Take the mini-steps with verl under the method's routes, and write the next policy."""
+    inputs = {"policy": policy, "rollout": rollout, "routes": routes}
+    return _on_engine(run, "training", iteration, inputs, "training", "training:train_replayed")
+
+
+@task(name="evaluation", task_run_name="evaluation-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
+def evaluate_policy(run: Run, iteration: int, policy: ArtifactRef) -> ArtifactRef:
+    """Score a policy on the benchmarks with vLLM."""
+    return _on_engine(run, "evaluation", iteration, {"policy": policy}, "rollout", "evaluation:evaluate_policy")
+
+
+def _on_engine(
+    run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], engine: str, function: str
+) -> ArtifactRef:
+    """Run a stage's function in the process of an engine; whatever goes wrong, the next attempt gets a clean one."""
+    pool = engines_of(run)
+
+    def work() -> ArtifactRef:
+        process = pool.rollout() if engine == "rollout" else pool.training()
+        progress = StageProgress(stage, iteration)
+        try:
+            return process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
+        except BaseException:
+            pool.discard(engine)
+            raise
+
+    return _unless_committed(run, stage, iteration, inputs, work)
+
+
+def _unless_committed(
+    run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], work: Callable[[], ArtifactRef]
+) -> ArtifactRef:
+    found = run.find(stage, iteration, inputs)
+    if found is not None:
+        get_run_logger().info("%s of iteration %d is committed already, skipped", stage, iteration)
+        return found
+    return work()

@@ -1,0 +1,117 @@
+"""Runs in MLflow: one MLflow run for one training run, one step for one iteration. The only file that imports MLflow.
+
+Everything logged is read from committed artifacts, each step in one batch and under the time of its commits, so that a
+resumed run finds what is there and adds only what is missing.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from moe_replay.config import RunConfig
+from moe_replay.preparation import package_versions
+from moe_replay.stages.results import iteration_metrics
+from moe_replay.stages.run import Run
+from tasks.retry import is_transient
+
+RUN_KEY = "moe_replay.run"
+"""Tag by which a training run finds its MLflow run again."""
+_ITERATIONS = "moe_replay.iterations_logged"
+
+
+def tracking_uri(home: Path) -> str:
+    """MLFLOW_TRACKING_URI, by default a database under `home`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+
+
+@task(name="open tracking", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=is_transient)
+def open_tracking(run: Run) -> str:
+    """The id of the training run's MLflow run, which is created the first time and continued after."""
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+    client = _client(run)
+    experiment_id = _experiment(client, run)
+    key = f"{run.store().name}"
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    config = run.config
+    tags = {
+        RUN_KEY: key,
+        "method": config.method.label,
+        "route_source": config.method.route_source,
+        "model": config.model.path,
+        "kappa": str(config.training.mini_steps),
+        "seed": str(config.seed),
+        _ITERATIONS: "0",
+        MLFLOW_RUN_NOTE: f"Artifacts of this run: `{key}`. Look with `moe-replay status {run.run_id}`.",
+    }
+    run_id = client.create_run(experiment_id, run_name=run.run_id, tags=tags).info.run_id
+    _log_settings(client, run_id, config)
+    return run_id
+
+
+@task(name="track", task_run_name="track-{iteration}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, float]:
+    """Log an iteration's metrics as one step, unless they are there already, and return them."""
+    from mlflow.entities import Metric, RunTag
+
+    metrics = iteration_metrics(run.store(), iteration)
+    client = _client(run)
+    logged = int(client.get_run(mlflow_run_id).data.tags.get(_ITERATIONS, "0"))
+    if iteration >= logged:
+        moment = run.store().committed_at("training", iteration)
+        client.log_batch(
+            mlflow_run_id,
+            metrics=[Metric(key, value, moment, iteration) for key, value in sorted(metrics.items())],
+            tags=[RunTag(_ITERATIONS, str(iteration + 1))],
+        )
+    return metrics
+
+
+@task(name="close tracking", cache_policy=NO_CACHE)
+def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
+    """Mark the MLflow run finished or failed."""
+    _client(run).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
+
+
+def _client(run: Run) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri(run.home))
+
+
+def _experiment(client: Any, run: Run) -> str:
+    from mlflow.exceptions import MlflowException
+
+    name = run.config.tracking.experiment
+    if experiment := client.get_experiment_by_name(name):
+        return experiment.experiment_id
+    # A tracking server knows where its artifacts go; a bare database would put them under the working folder.
+    local = not os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        return client.create_experiment(name, (run.home / "mlflow-artifacts").as_uri() if local else None)
+    except MlflowException:
+        # Another run created it in between.
+        return client.get_experiment_by_name(name).experiment_id
+
+
+def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
+    from mlflow.entities import Param
+
+    settings = _flatten(config.model_dump(mode="json"))
+    versions = {f"version.{name}": number for name, number in package_versions().items()}
+    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in (settings | versions).items()])
+    client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
+
+
+def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,376 @@
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from moe_replay.archive.artifacts import ArtifactRef, Commit, RunStore
+from moe_replay.archive.layout import STAGES, RunLayout
+from moe_replay.archive.storage import Storage, storage_errors
+from moe_replay.errors import ArchiveCorrupt, ConfigError, StorageUnavailable
+
+
+def commit_scores(store, iteration=0, data=b"scores", inputs=None, digest="d", **kwargs):
+    writer = store.begin("evaluation", iteration, inputs or {}, digest)
+    writer.write_bytes("scores.parquet", data)
+    writer.write_bytes("parts/summary.json", b"{}")
+    return writer.commit(**kwargs)
+
+
+REF = ArtifactRef(uri="iterations/00000/rollout", sha256="a" * 64)
+
+
+def test_what_is_committed_is_read_back(store):
+    ref = commit_scores(store, metrics={"reward/mean": 1}, attributes={"names": ["a", 1, None], "flag": True})
+    artifact = store.open(ref)
+    assert artifact.read_bytes("parts/summary.json") == b"{}"
+    assert artifact.commit.metrics == {"reward/mean": 1.0}
+    assert artifact.commit.attributes == {"names": ["a", 1, None], "flag": True}
+    assert ref.uri == "iterations/00000/evaluation"
+
+
+def test_nothing_is_visible_before_the_commit(store):
+    writer = store.begin("rollout", 0, {}, "d")
+    writer.write_bytes("part-0.parquet", b"rows")
+    assert store.commit_of("rollout", 0) is None
+    assert store.find("rollout", 0, {}, "d") is None
+
+
+def test_an_uncommitted_attempts_leftovers_are_gone_after_a_retry(store):
+    store.begin("evaluation", 0, {}, "d").write_bytes("leftover", b"x")
+    artifact = store.open(commit_scores(store))
+    assert [stored.path for stored in artifact.commit.objects] == ["parts/summary.json", "scores.parquet"]
+    assert "leftover" not in (Storage.at(store.name) / "iterations/00000/evaluation").sizes()
+
+
+def test_a_committed_stage_is_found_by_its_inputs_and_config(store):
+    ref = commit_scores(store, inputs={"rollout": REF})
+    assert store.find("evaluation", 0, {"rollout": REF}, "d") == ref
+
+
+def test_a_commit_of_another_config_is_an_error_that_says_so(store):
+    commit_scores(store, digest="old")
+    with pytest.raises(ConfigError, match="config digest old, this run has new"):
+        store.find("evaluation", 0, {}, "new")
+
+
+def test_a_commit_of_other_inputs_is_an_error_that_names_them(store):
+    commit_scores(store, inputs={"rollout": REF, "model": REF})
+    other = ArtifactRef(uri=REF.uri, sha256="b" * 64)
+    with pytest.raises(ConfigError, match="other inputs: rollout differ"):
+        store.find("evaluation", 0, {"rollout": other, "model": REF}, "d")
+
+
+def test_a_committed_stage_is_not_written_again(store):
+    commit_scores(store)
+    with pytest.raises(ConfigError, match="is committed"):
+        store.begin("evaluation", 0, {}, "d")
+
+
+def test_a_writer_that_was_taken_over_is_refused(store):
+    first = store.begin("evaluation", 0, {}, "d")
+    first.write_bytes("scores.parquet", b"first")
+    ref = commit_scores(store, data=b"other")
+    with pytest.raises(ConfigError, match="one runner at a time"):
+        first.commit()
+    assert store.open(ref).read_bytes("scores.parquet") == b"other"
+
+
+def test_a_writer_whose_stage_another_is_writing_is_refused(store):
+    first = store.begin("evaluation", 0, {}, "d")
+    second = store.begin("evaluation", 0, {}, "d")
+    with pytest.raises(ConfigError, match="one runner at a time"):
+        first.commit()
+    assert store.open(second.commit()).commit.objects == ()
+
+
+def test_a_commit_object_is_never_overwritten(store):
+    writer = store.begin("evaluation", 0, {}, "d")
+    folder = Storage.at(store.name) / "iterations/00000/evaluation"
+    folder.create("_committed.json", b"another writer's")
+    with pytest.raises(ConfigError, match="one runner at a time"):
+        writer.commit()
+    with pytest.raises(FileExistsError):
+        folder.create("_committed.json", b"")
+    assert folder.read("_committed.json") == b"another writer's"
+
+
+def test_a_commit_whose_answer_was_lost_is_not_refused_by_itself(store):
+    writer = store.begin("evaluation", 0, {}, "d")
+    folder = Storage.at(store.name) / "iterations/00000/evaluation"
+    folder.create("_committed.json", b"mine")
+    writer._put_commit(b"mine")
+
+
+def test_commit_bytes_depend_on_nothing_but_the_content(tmp_path):
+    refs = [
+        commit_scores(RunStore(root, "run-1"), inputs={"rollout": REF}, metrics={"b": 2, "a": 0.1})
+        for root in (str(tmp_path / "one"), "memory://two")
+    ]
+    assert refs[0] == refs[1]
+
+
+@pytest.mark.parametrize("metrics", [{"time/rollout": 1.0}, {"loss": float("nan")}, {"loss": float("inf")}])
+def test_metrics_that_a_seed_does_not_reproduce_are_refused(local_store, metrics):
+    with pytest.raises(ValueError, match="metric"):
+        commit_scores(local_store, metrics=metrics)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "extend", "delete"])
+@pytest.mark.parametrize("name", ["scores.parquet", "parts/summary.json", "_committed.json"])
+def test_every_damaged_object_is_named(local_store, tmp_path, damage, name):
+    ref = commit_scores(local_store)
+    path = tmp_path / "run-1" / ref.uri / name
+    data = path.read_bytes()
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(
+            {"flip": bytes([data[0] ^ 1]) + data[1:], "truncate": data[:-1], "extend": data + b" "}[damage]
+        )
+    (problem,) = local_store.verify(ref)
+    assert name in problem
+    with pytest.raises((ArchiveCorrupt, ConfigError)):
+        local_store.open(ref).localize(tmp_path)
+
+
+def test_swapped_objects_are_found(local_store, tmp_path):
+    writer = local_store.begin("evaluation", 0, {}, "d")
+    writer.write_bytes("a", b"1")
+    writer.write_bytes("b", b"2")
+    ref = writer.commit()
+    folder = tmp_path / "run-1" / ref.uri
+    (folder / "a").write_bytes(b"2")
+    (folder / "b").write_bytes(b"1")
+    assert len(local_store.verify(ref)) == 2
+    with pytest.raises(ArchiveCorrupt, match=r"object .*/a was altered: expected sha256 .*, found"):
+        local_store.open(ref).read_bytes("a")
+    with pytest.raises(ArchiveCorrupt, match="altered"):
+        local_store.find("evaluation", 0, {}, "d")
+
+
+def test_every_flipped_byte_of_a_commit_is_found_without_a_reference(local_store, tmp_path):
+    path = tmp_path / "run-1" / commit_scores(local_store, metrics={"a": 1.5}).uri / "_committed.json"
+    data = path.read_bytes()
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(ArchiveCorrupt, match=r"_committed\.json"):
+            local_store.commit_of("evaluation", 0)
+
+
+def test_a_commit_moved_from_another_iteration_is_refused(local_store, tmp_path):
+    ref = commit_scores(local_store, iteration=1)
+    os.rename(tmp_path / "run-1/iterations/00001", tmp_path / "run-1/iterations/00002")
+    with pytest.raises(ArchiveCorrupt, match="belongs elsewhere"):
+        local_store.commit_of("evaluation", 2)
+    with pytest.raises(ArchiveCorrupt, match="belongs elsewhere"):
+        local_store.open(ArtifactRef(uri="iterations/00002/evaluation", sha256=ref.sha256))
+
+
+def forge(body, **changes):
+    body = {**json.loads(body)["commit"], **changes}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":")) + "\n"
+    document = {"commit": body, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return (json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n").encode()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "../secret",
+        "a/../../b",
+        "a\\b",
+        "",
+        "a//b",
+        "./a",
+        "C:/x",
+        "file:///x",
+        "a\x00",
+        "_committed.json",
+    ],
+)
+def test_a_manifest_that_leaves_its_folder_is_refused(local_store, tmp_path, path):
+    ref = commit_scores(local_store)
+    target = tmp_path / "run-1" / ref.uri / "_committed.json"
+    target.write_bytes(forge(target.read_bytes(), objects=[{"path": path, "size": 1, "sha256": "a" * 64}]))
+    with pytest.raises(ArchiveCorrupt, match="breaks the format"):
+        local_store.commit_of("evaluation", 0)
+
+
+@pytest.mark.parametrize("changes", [{"format_version": 2}, {"extra": 1}, {"metrics": {"a": None}}, {"run_id": "../x"}])
+def test_a_commit_of_another_format_is_refused(local_store, tmp_path, changes):
+    target = tmp_path / "run-1" / commit_scores(local_store).uri / "_committed.json"
+    target.write_bytes(forge(target.read_bytes(), **changes))
+    with pytest.raises(ArchiveCorrupt, match="format"):
+        local_store.commit_of("evaluation", 0)
+
+
+@pytest.mark.parametrize("path", ["/abs", "../up", "_committed.json", "_timing.json", ""])
+def test_a_writer_refuses_paths_outside_its_folder(local_store, path):
+    with pytest.raises(ValueError, match="object path"):
+        local_store.begin("rollout", 0, {}, "d").write_bytes(path, b"")
+
+
+@pytest.mark.parametrize("uri", ["/abs/path", "../other-run/iterations/00000/rollout", "a\\b", ""])
+def test_a_reference_outside_the_run_must_be_a_url(uri):
+    with pytest.raises(ValueError, match="uri"):
+        ArtifactRef(uri=uri, sha256="a" * 64)
+
+
+def test_an_artifact_outside_the_run_opens_by_url(local_store, root):
+    other = RunStore(root, "teacher")
+    ref = commit_scores(other)
+    outside = ArtifactRef(uri=f"{other.name}/{ref.uri}", sha256=ref.sha256)
+    assert local_store.open(outside).read_bytes("scores.parquet") == b"scores"
+
+
+def test_files_are_put_and_localized(store, tmp_path):
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(os.urandom(100_000))
+    writer = store.begin("training", 0, {}, "d")
+    writer.put_file("checkpoint/model.safetensors", source)
+    artifact = store.open(writer.commit())
+    folder = artifact.localize(tmp_path / "cache")
+    assert (folder / "checkpoint/model.safetensors").read_bytes() == source.read_bytes()
+    assert artifact.localize(tmp_path / "cache") == folder
+
+
+def test_a_part_of_an_artifact_is_localized_without_the_rest(tmp_path):
+    store = RunStore("memory://parts", "run-1")
+    artifact = store.open(commit_scores(store))
+    part = artifact.localize(tmp_path, "parts")
+    assert [path.name for path in part.rglob("*") if path.is_file()] == ["summary.json"]
+    assert (artifact.localize(tmp_path) / "scores.parquet").read_bytes() == b"scores"
+
+
+def test_a_part_that_an_artifact_lacks_is_refused(store, tmp_path):
+    with pytest.raises(ArchiveCorrupt, match="no object below 'checkpoint'"):
+        store.open(commit_scores(store)).localize(tmp_path, "checkpoint")
+
+
+def test_a_local_artifact_is_localized_in_place(local_store, tmp_path):
+    ref = commit_scores(local_store)
+    assert local_store.open(ref).localize(tmp_path / "cache") == tmp_path / "run-1" / ref.uri
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_copy_in_the_cache_is_downloaded_again(tmp_path):
+    artifact = RunStore("memory://cached", "run-1")
+    opened = artifact.open(commit_scores(artifact))
+    folder = opened.localize(tmp_path)
+    (folder / "scores.parquet").write_bytes(b"SCORES")
+    assert (opened.localize(tmp_path) / "scores.parquet").read_bytes() == b"scores"
+
+
+def test_a_damaged_remote_artifact_leaves_no_copy(tmp_path):
+    store = RunStore("memory://damaged", "run-1")
+    ref = commit_scores(store)
+    fsspec.filesystem("memory").pipe_file("/damaged/run-1/iterations/00000/evaluation/scores.parquet", b"SCORES")
+    with pytest.raises(ArchiveCorrupt, match=r"scores\.parquet was altered"):
+        store.open(ref).localize(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_comes_from_storage_alone(store):
+    commit_scores(store, iteration=3)
+    store.begin("rollout", 4, {}, "d")
+    again = RunStore(store.name.rsplit("/", 1)[0], "run-1")
+    assert again.iterations() == [3, 4]
+    states = {status.stage: status for status in again.status(3)}
+    assert tuple(states) == STAGES
+    assert (states["evaluation"].state, states["evaluation"].bytes) == ("committed", len(b"scores{}"))
+    assert states["evaluation"].seconds is not None
+    assert states["rollout"].state == "missing"
+    assert {status.state for status in again.status(4)} == {"missing"}
+
+
+def test_opening_a_run_creates_nothing(tmp_path):
+    store = RunStore(str(tmp_path / "root"), "run-1")
+    assert store.iterations() == []
+    assert store.commit_of("rollout", 0) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_created_once_and_accepts_the_same_document(store):
+    store.create_run({"config": {"lr": 1e-4}, "seed": 1})
+    store.create_run({"seed": 1, "config": {"lr": 1e-4}})
+    assert store.read_run() == {"config": {"lr": 1e-4}, "seed": 1}
+
+
+def test_a_run_with_another_document_is_refused_by_key(store):
+    store.create_run({"config": {"lr": 1e-4, "steps": 2}, "seed": 1})
+    with pytest.raises(ConfigError, match=r"config\.lr, new differ \(2 keys\)") as caught:
+        store.create_run({"config": {"lr": 2e-4, "steps": 2}, "seed": 1, "new": "secret-value"})
+    assert "secret-value" not in str(caught.value)
+
+
+def test_reading_a_run_that_is_not_there_says_where_it_looked(store):
+    with pytest.raises(ConfigError, match="no run run-1"):
+        store.read_run()
+
+
+@pytest.mark.parametrize("run_id", ["", "../x", "a/b", ".hidden", "-x", "a" * 65, "a\n", "ü"])
+def test_run_ids_are_never_paths(run_id):
+    with pytest.raises(ConfigError, match="run id"):
+        RunStore("memory://x", run_id)
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(ConfigError, match="evaluation"):
+        RunLayout("r").stage(0, "evolve")
+
+
+def test_a_root_that_can_be_written_is_left_as_it_was(store):
+    store.probe_writable()
+    assert Storage.at(store.name.rsplit("/", 1)[0]).sizes() == {}
+
+
+def test_a_root_that_is_a_file_is_a_config_error(tmp_path):
+    (tmp_path / "root").write_text("a file")
+    with pytest.raises(ConfigError, match="permissions"):
+        RunStore(str(tmp_path / "root"), "run-1").probe_writable()
+
+
+def test_a_root_of_no_known_file_system_is_a_config_error():
+    with pytest.raises(ConfigError, match="no file system serves"):
+        RunStore("nosuch://bucket", "run-1")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (PermissionError(errno.EACCES, "key AKIA123 denied"), ConfigError),
+        (OSError(errno.EROFS, "AKIA123"), ConfigError),
+        (TimeoutError("AKIA123"), StorageUnavailable),
+        (ConnectionResetError(errno.ECONNRESET, "AKIA123"), StorageUnavailable),
+        (OSError(errno.EBUSY, "SlowDown AKIA123"), StorageUnavailable),
+    ],
+)
+def test_storage_errors_say_whether_to_retry_and_never_quote_the_store(error, kind):
+    with pytest.raises(kind) as caught, storage_errors("reading s3://bucket/x"):
+        raise error
+    assert "s3://bucket/x" in str(caught.value)
+    assert "AKIA123" not in str(caught.value)
+
+
+def test_the_clients_credential_and_network_errors_are_told_apart():
+    exceptions = pytest.importorskip("botocore.exceptions")
+    with pytest.raises(ConfigError), storage_errors("writing"):
+        raise exceptions.NoCredentialsError()
+    with pytest.raises(StorageUnavailable), storage_errors("writing"):
+        raise exceptions.EndpointConnectionError(endpoint_url="http://user:secret@host")
+
+
+def test_credentials_in_a_url_are_not_told():
+    with pytest.raises(ConfigError) as caught:
+        RunStore("nosuch://user:secret@host/path?token=secret", "run-1")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_commit_parses_to_the_same_bytes(local_store, tmp_path):
+    data = Path(tmp_path / "run-1" / commit_scores(local_store).uri / "_committed.json").read_bytes()
+    assert Commit.from_bytes(data, "x").to_bytes() == data
