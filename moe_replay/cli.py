@@ -1,6 +1,7 @@
 """The command line, `moe-replay`. Heavy packages are imported by the commands that need them."""
 
 import json
+import os
 import sys
 import time
 import uuid
@@ -193,6 +194,8 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
     from moe_replay.preparation import preflight
 
     preflight(config, run_id)
+    # The display tells what Prefect would log here; its own interface still shows every line.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
     from flows.train import train
     from moe_replay.display import RunDisplay
     from tasks.progress import listening

@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-_STAGES = ("rollout", "routes", "training", "evaluation")
+_STAGES = {"rollout": "roll out", "routes": "archive", "training": "train", "evaluation": "evaluate"}
 _HEADINGS = {
     "reward/mean": "reward",
     "mismatch/kl_k3": "KL k3",
@@ -50,9 +51,8 @@ class RunDisplay:
         """Add an iteration's row."""
         self._results.append(metrics)
         if not self._console.is_terminal:
-            told = [
-                f"{heading} {metrics[name]:.4g}" for name, heading in _columns([metrics]).items() if name in metrics
-            ]
+            columns = _columns([metrics])
+            told = [f"{heading} {_cell(name, metrics.get(name))}" for name, heading in columns.items()]
             self._console.print(f"iteration {iteration}: {', '.join(told)}", soft_wrap=True, highlight=False)
 
     def _render(self) -> Group:
@@ -62,8 +62,8 @@ class RunDisplay:
 def results_table(title: str, results: Iterable[dict[str, float]]) -> Table:
     """One row an iteration: the headline metrics, then the seconds that each stage took."""
     results = list(results)
-    table = Table(title=title, title_justify="left")
-    table.add_column("iteration", justify="right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("#", justify="right")
     columns = _columns(results)
     for heading in columns.values():
         table.add_column(heading, justify="right")
@@ -76,8 +76,8 @@ def results_table(title: str, results: Iterable[dict[str, float]]) -> Table:
 def _columns(results: list[dict[str, float]]) -> dict[str, str]:
     """Metric key to heading; evaluation and stages only where some iteration has them."""
     seen = {name for metrics in results for name in metrics}
-    evaluations = {name: name.removeprefix("eval/") for name in sorted(seen) if name.endswith("/avg_at_n")}
-    times = {f"time/{stage}": f"{stage} s" for stage in _STAGES if f"time/{stage}" in seen}
+    evaluations = {name: name.split("/")[1] for name in sorted(seen) if name.endswith("/avg_at_n")}
+    times = {f"time/{stage}": f"{verb} s" for stage, verb in _STAGES.items() if f"time/{stage}" in seen}
     return _HEADINGS | evaluations | times
 
 
@@ -85,5 +85,5 @@ def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     if name.startswith("time/"):
-        return f"{value:.2f}"
+        return f"{value:.1f}"
     return f"{value:.2e}" if name == "mismatch/kl_k3" else f"{value:.4f}"

@@ -123,15 +123,15 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _make(folder: Path, recipe: Recipe, progress: Progress) -> None:
-    progress(0, recipe.max_steps, "making the embedded model")
     split = addition.split_problems(recipe.train_rows, recipe.benchmark_rows, recipe.seed)
-    tokenizer = build_tokenizer()
-    model = warm_up(recipe, tokenizer, split.rest, progress)
     folder.mkdir()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     addition.write_parquet(folder / "train.parquet", split.train, "train")
     addition.write_parquet(folder / "benchmark.parquet", split.benchmark, "test")
+    progress(0, recipe.max_steps, "warming up the embedded model")
+    tokenizer = build_tokenizer()
+    model = warm_up(recipe, tokenizer, split.rest, progress)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     progress(recipe.max_steps, recipe.max_steps, "the embedded model is ready")
 
 

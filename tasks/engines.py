@@ -16,7 +16,7 @@ def engines_of(run: Run) -> EnginePool:
     """The run's engines; none is started before it is used."""
     key = f"{run.root}/{run.run_id}"
     if key not in _pools:
-        _pools[key] = EnginePool(run.model, run.config, run.home / "logs" / run.run_id)
+        _pools[key] = EnginePool(run.model, run.model_sha256, run.config, run.home / "logs" / run.run_id)
     return _pools[key]
 
 

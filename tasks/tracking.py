@@ -65,7 +65,7 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
     client = _client(run)
     logged = int(client.get_run(mlflow_run_id).data.tags.get(_ITERATIONS, "0"))
     if iteration >= logged:
-        moment = run.store().committed_at("training", iteration)
+        moment = _milliseconds(run, iteration)
         client.log_batch(
             mlflow_run_id,
             metrics=[Metric(key, value, moment, iteration) for key, value in sorted(metrics.items())],
@@ -78,6 +78,12 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
 def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
     """Mark the MLflow run finished or failed."""
     _client(run).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
+
+
+def _milliseconds(run: Run, iteration: int) -> int:
+    """When the iteration's last stage was committed: the same however often the step is logged."""
+    finished = [status.finished for status in run.store().status(iteration) if status.finished is not None]
+    return int(max(finished).timestamp() * 1000) if finished else 0
 
 
 def _client(run: Run) -> Any:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -83,16 +84,13 @@ def test_train_and_benchmark_are_disjoint_prompts_with_known_scorers(few_steps):
 
 
 def test_a_killed_preparation_leaves_nothing_visible_and_the_next_one_succeeds(tmp_path):
-    stuck = CHILD + (
-        "tiny.addition.write_parquet = lambda *_: (print('half-made', flush=True), time.sleep(600))\n"
-        "tiny.prepare(Path(sys.argv[1]), lambda *_: None, recipe)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", stuck, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "half-made\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+    stuck = "lambda *_: (print('half-made', flush=True), time.sleep(600))"
+    command = [sys.executable, "-c", f"{CHILD}\ntiny.prepare(Path(sys.argv[1]), {stuck}, recipe)", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "half-made\n"
+        child.send_signal(signal.SIGKILL)
+    assert list(tmp_path.rglob("train.parquet"))
     assert not (tmp_path / "embedded" / FEW_STEPS.digest()).exists()
     assets = tiny.prepare(tmp_path, silent, FEW_STEPS)
     assert len(PromptTable.open(assets.benchmark)) == 4
@@ -101,14 +99,22 @@ def test_a_killed_preparation_leaves_nothing_visible_and_the_next_one_succeeds(t
 
 def test_of_two_processes_at_once_one_makes_the_model_and_both_get_it(tmp_path):
     program = CHILD + (
-        "told = []; assets = tiny.prepare(Path(sys.argv[1]), lambda *what: told.append(what), recipe)\n"
-        "assert (assets.model / 'model.safetensors').is_file(); print(len(told))"
+        "print('asking', flush=True)\n"
+        "assets = tiny.prepare(Path(sys.argv[1]), None, recipe); print((assets.model / 'model.safetensors').is_file())"
     )
-    command = [sys.executable, "-c", program, tmp_path]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [int(child.communicate()[0]) for child in children]
-    assert [child.returncode for child in children] == [0, 0]
-    assert sorted(told) == [0, 3]
+    others = []
+
+    def ask_elsewhere(done: int, total: int, text: str) -> None:
+        if done == 0:
+            command = [sys.executable, "-c", program, tmp_path]
+            others.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            assert others[0].stdout.readline() == "asking\n"
+        assert others[0].poll() is None
+
+    tiny.prepare(tmp_path, ask_elsewhere, FEW_STEPS)
+    (other,) = others
+    assert other.communicate()[0] == "True\n"
+    assert other.returncode == 0
 
 
 def test_a_warm_up_short_of_its_target_is_an_error_and_leaves_nothing_visible(tmp_path):
@@ -159,7 +165,7 @@ def test_the_embedded_model_answers_about_two_in_five_of_the_benchmark(tmp_path,
     told = []
     assets = tiny.prepare(tmp_path, lambda *what: told.append(what))
     record_property("steps", told[-2][0])
-    model = AutoModelForCausalLM.from_pretrained(assets.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(assets.model)
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     assert model.dtype == torch.float32
     assert 0.85e6 < model.num_parameters() < 0.95e6

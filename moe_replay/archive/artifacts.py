@@ -7,6 +7,7 @@ task and a new machine all skip what is committed.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
@@ -14,10 +15,12 @@ from moe_replay.archive.commits import ArtifactRef, Commit, StoredObject, canoni
 from moe_replay.archive.layout import COMMIT_FILE, RUN_FILE, STAGES, TIMING_FILE, RunLayout
 from moe_replay.archive.reading import Artifact
 from moe_replay.archive.storage import Storage
-from moe_replay.archive.writing import StageKey, StageWriter, seconds_of
+from moe_replay.archive.writing import StageKey, StageWriter, timing_of
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 
 __all__ = ["Artifact", "ArtifactRef", "Commit", "RunStore", "StageStatus", "StageWriter", "StoredObject"]
+
+_ABOUT = "about"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class StageStatus:
     """Size of the committed objects, 0 when missing."""
     seconds: float | None
     """From begin to commit, None when unknown."""
+    finished: datetime | None
+    """When it was committed, None when unknown."""
 
 
 class RunStore:
@@ -58,16 +63,26 @@ class RunStore:
         self._root.write(probe, b"moe-replay\n")
         self._root.remove(probe)
 
-    def create_run(self, document: dict[str, Any]) -> None:
+    def exists(self) -> bool:
+        """Whether the run was created."""
+        try:
+            self._run.read(RUN_FILE)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def create_run(self, document: dict[str, Any], about: dict[str, Any] | None = None) -> None:
         """Write `run.json`, or accept the one that is there if it says the same.
 
+        `about` is kept under that key for people to read, and may differ when the run is opened again.
         Raises ConfigError naming the keys in which an existing run differs.
         """
-        data = canonical_json(document)
         try:
-            self._run.create(RUN_FILE, data)
+            self._run.create(RUN_FILE, canonical_json({**document, _ABOUT: about or {}}))
         except FileExistsError as error:
-            differing = _differing_keys(self.read_run(), json.loads(data))
+            stored = self.read_run()
+            stored.pop(_ABOUT, None)
+            differing = _differing_keys(stored, json.loads(canonical_json(document)))
             if differing:
                 raise ConfigError(
                     f"run {self.run_id} exists with another configuration: {', '.join(differing[:12])} differ "
@@ -102,10 +117,10 @@ class RunStore:
     def find(
         self, stage: str, iteration: int, inputs: Mapping[str, ArtifactRef], config_digest: str
     ) -> ArtifactRef | None:
-        """The stage's commit if it is there, made from these inputs and this configuration, and whole; else None.
+        """The stage's commit if it is there and made from these inputs and this configuration; else None.
 
-        Raises ConfigError for a commit of other inputs or configuration, ArchiveCorrupt for a damaged one. Re-reads
-        every object.
+        Raises ConfigError for a commit of other inputs or configuration, ArchiveCorrupt when an object is missing or
+        truncated. Contents are checked when they are read.
         """
         ref = self.commit_of(stage, iteration)
         if ref is None:
@@ -124,7 +139,7 @@ class RunStore:
                 f"{artifact.name} was committed from other inputs: {', '.join(differing)} differ; "
                 "an earlier stage was made again: delete this stage's folder, or use a new run id"
             )
-        artifact.require_whole()
+        artifact.require_present()
         return ref
 
     def commit_of(self, stage: str, iteration: int) -> ArtifactRef | None:
@@ -167,12 +182,12 @@ class RunStore:
     def _status_of(self, stage: str, iteration: int) -> StageStatus:
         ref = self.commit_of(stage, iteration)
         if ref is None:
-            return StageStatus(iteration, stage, "missing", 0, None)
+            return StageStatus(iteration, stage, "missing", 0, None, None)
         try:
-            seconds = seconds_of((self._run / ref.uri).read(TIMING_FILE))
+            seconds, finished = timing_of((self._run / ref.uri).read(TIMING_FILE))
         except FileNotFoundError:
-            seconds = None
-        return StageStatus(iteration, stage, "committed", self.open(ref).commit.num_bytes, seconds)
+            seconds, finished = None, None
+        return StageStatus(iteration, stage, "committed", self.open(ref).commit.num_bytes, seconds, finished)
 
     def _require_in_place(self, ref: ArtifactRef, commit: Commit) -> None:
         place = RunLayout.place_of(ref.uri)

@@ -130,9 +130,10 @@ class StageWriter:
         )
 
 
-def seconds_of(timing: bytes) -> float | None:
-    """Seconds a stage took, from its `_timing.json`; None when that informational object is unreadable."""
+def timing_of(timing: bytes) -> tuple[float | None, datetime | None]:
+    """Seconds a stage took and when it ended, from its `_timing.json`; None where that is unreadable."""
     try:
-        return float(json.loads(timing)["seconds"])
+        document = json.loads(timing)
+        return float(document["seconds"]), datetime.fromisoformat(document["finished"])
     except (ValueError, KeyError, TypeError):
-        return None
+        return None, None

@@ -14,8 +14,10 @@ class EnginePool:
     An engine is only a cache of weights: any of them can be dropped at any time, the next call builds a fresh one.
     """
 
-    def __init__(self, model: Path, config: RunConfig, logs: Path):
+    def __init__(self, model: Path, weights: str, config: RunConfig, logs: Path):
+        """`weights` names the weights of `model`, from which both engines start."""
         self._model = model
+        self._weights = weights
         self._config = config
         self._logs = logs
         self._running: dict[str, EngineProcess] = {}
@@ -28,12 +30,13 @@ class EnginePool:
 
     def rollout(self) -> EngineProcess:
         """The process of the vLLM engine (`moe_replay.engines.rollout.RolloutEngine`)."""
-        arguments = (self._model, self._config.rollout)
+        arguments = (self._model, self._weights, self._config.rollout)
         return self._get("rollout", "moe_replay.engines.rollout:RolloutEngine", arguments, rollout.ENVIRONMENT)
 
     def training(self) -> EngineProcess:
         """The process of the verl engine (`moe_replay.engines.training.TrainingEngine`)."""
-        return self._get("training", "moe_replay.engines.training:TrainingEngine", (self._model, self._config), {})
+        arguments = (self._model, self._weights, self._config)
+        return self._get("training", "moe_replay.engines.training:TrainingEngine", arguments, {})
 
     def discard(self, name: str) -> None:
         """Stop the `rollout` or `training` engine, so that what comes next starts from a clean one."""

@@ -50,6 +50,7 @@ class EngineProcess:
         )
         self._process.start()
         theirs.close()
+        self._idle = True
 
     @property
     def pid(self) -> int:
@@ -71,28 +72,32 @@ class EngineProcess:
             EngineLost: the process died; its log says why.
             Exception: what the function, or the building of the engine, raised.
         """
+        self._idle = False
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send((function, args))
         try:
             while True:
                 kind, payload = self._receive()
-                if kind == "result":
-                    return payload
+                if kind == "progress":
+                    progress(*payload)
+                    continue
+                self._idle = True
                 if kind == "error":
                     raise payload
-                progress(*payload)
+                return payload
         except (EOFError, ConnectionResetError) as error:
             raise self._lost() from error
 
     def stop(self) -> None:
         """End the engine and everything it started. Harmless when it is gone already."""
+        self._connection.close()
+        if self._idle:
+            # Its end of the pipe closed, an engine at rest leaves by itself and cleans up.
+            self._process.join(_STOP_SECONDS)
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
             self._process.join(_STOP_SECONDS)
-            if not self._process.is_alive() and number == signal.SIGKILL:
-                break
-        self._connection.close()
 
     def _receive(self) -> tuple[str, Any]:
         # Waiting in short turns lets Prefect's time-outs and cancellations reach this thread.

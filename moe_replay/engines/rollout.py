@@ -52,12 +52,12 @@ class Response:
 class RolloutEngine:
     """One vLLM engine that captures routes."""
 
-    def __init__(self, model: Path, config: RolloutConfig):
+    def __init__(self, model: Path, weights: str, config: RolloutConfig):
         from vllm import LLM
         from vllm.platforms import current_platform
 
         self.config = config
-        self.weights: str | None = None
+        self.weights: str | None = weights
         """Which weights are loaded, as the caller named them."""
         self._llm = LLM(
             model=str(model),

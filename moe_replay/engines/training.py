@@ -46,14 +46,14 @@ class Pass:
 class TrainingEngine:
     """verl's FSDP2 engine around one model, with the replay of `replay_engine`."""
 
-    def __init__(self, model: Path, config: RunConfig):
+    def __init__(self, model: Path, weights: str, config: RunConfig):
         if not torch.cuda.is_available():
             os.environ.setdefault("VERL_PLATFORM", "cpu")
         import verl  # noqa: F401 (chooses the platform and loads our plugin, before any engine is imported)
 
         _join_process_group()
         self.config = config
-        self.weights: str | None = None
+        self.weights: str | None = weights
         """Which weights, and optimizer state, the engine holds, as the caller named them."""
         self._engine = self._build(model)
         routers = self._engine.routers

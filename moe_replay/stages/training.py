@@ -19,6 +19,7 @@ from moe_replay.archive.routes import RouteArchive
 from moe_replay.config import RunConfig
 from moe_replay.engines.process import Progress
 from moe_replay.engines.training import Pass, TokenSequence, TrainingEngine
+from moe_replay.errors import ReplayError
 from moe_replay.routing.metrics import (
     agreement_metrics,
     extreme_fraction,
@@ -75,6 +76,7 @@ def train_replayed(
     batch, metrics = _prepare(engine, run, list(read_samples(run.open(rollout))), RouteArchive.open(run.open(routes)))
     steps = [_mini_step(engine, run.config, batch, step, progress) for step in range(run.config.training.mini_steps)]
     metrics |= _summarize(steps)
+    _require_finite(metrics)
     with tempfile.TemporaryDirectory(dir=_scratch(run)) as folder:
         engine.save(Path(folder))
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
@@ -147,6 +149,16 @@ def _summarize(steps: list[Metrics]) -> Metrics:
     for number, step in enumerate(steps, start=1):
         metrics[f"routing/agreement_step_{number}"] = step["routing/agreement"]
     return metrics
+
+
+def _require_finite(metrics: Metrics) -> None:
+    """A policy that diverged is not committed, or every iteration after would start from it."""
+    diverged = {key: value for key, value in metrics.items() if not np.isfinite(value)}
+    if diverged:
+        raise ReplayError(
+            f"training diverged: {', '.join(f'{key} = {value}' for key, value in sorted(diverged.items()))}; "
+            "nothing was committed: lower training.learning_rate, or replay routes (method r3), and start a new run"
+        )
 
 
 def _mismatch(config: RunConfig, old_NS: Tensor, rollout_NS: Tensor, mask_NS: Tensor) -> tuple[Tensor | None, Metrics]:
