@@ -241,9 +241,9 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def _override(document: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
-    table = document
+    table: dict[str, Any] = document
     for parent in parents:
-        inner = table.setdefault(parent, {})
+        inner: Any = table.setdefault(parent, {})
         if parent == "method" and isinstance(inner, str):
             inner = table[parent] = {"name": inner}
         if not isinstance(inner, dict):

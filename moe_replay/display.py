@@ -10,12 +10,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-_STAGES = {"rollout": "roll out", "routes": "archive", "training": "train", "evaluation": "evaluate"}
+_STAGES = {"rollout": "rollout", "routes": "archive", "training": "train", "evaluation": "eval"}
 _HEADINGS = {
     "reward/mean": "reward",
     "mismatch/kl_k3": "KL k3",
     "mismatch/extreme_fraction": "extreme",
-    "routing/agreement": "agreement",
+    "routing/agreement": "agree",
 }
 
 
@@ -62,7 +62,9 @@ class RunDisplay:
 def results_table(title: str, results: Iterable[dict[str, float]]) -> Table:
     """One row an iteration: the headline metrics, then the seconds that each stage took."""
     results = list(results)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption = "from rollout on: seconds per stage"
+    table.caption_justify = "left"
     table.add_column("#", justify="right")
     columns = _columns(results)
     for heading in columns.values():
@@ -77,7 +79,7 @@ def _columns(results: list[dict[str, float]]) -> dict[str, str]:
     """Metric key to heading; evaluation and stages only where some iteration has them."""
     seen = {name for metrics in results for name in metrics}
     evaluations = {name: name.split("/")[1] for name in sorted(seen) if name.endswith("/avg_at_n")}
-    times = {f"time/{stage}": f"{verb} s" for stage, verb in _STAGES.items() if f"time/{stage}" in seen}
+    times = {f"time/{stage}": name for stage, name in _STAGES.items() if f"time/{stage}" in seen}
     return _HEADINGS | evaluations | times
 
 
@@ -85,5 +87,5 @@ def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     if name.startswith("time/"):
-        return f"{value:.1f}"
+        return f"{value:.2f}"
     return f"{value:.2e}" if name == "mismatch/kl_k3" else f"{value:.4f}"

@@ -37,7 +37,7 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
     ) -> None:
         """Write `huggingface/` (weights in the trainer's precision) and `optimizer/` under `local_path`."""
         assert not self.checkpoint_save_contents, "verl's own shards are pickles: save_contents must be empty"
-        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+        super().save_checkpoint(local_path, global_step=global_step)
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=whole)
         state = get_optimizer_state_dict(

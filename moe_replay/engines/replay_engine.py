@@ -26,8 +26,11 @@ NO_ROUTE = -1
 """Fills the rows of `routed_experts` that have no route; they are routed live."""
 
 
+_FSDPEngine: Any = FSDPEngineWithLMHead  # verl's registering decorator hides its class from type checkers
+
+
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cpu", "cuda", "npu"])
-class ReplayEngine(FSDPEngineWithLMHead):
+class ReplayEngine(_FSDPEngine):
     """Replays `routed_experts` where the batch has it, else routes live; records the live choice always.
 
     Needs `use_remove_padding=False`: rows are matched to tokens in the padded layout.
@@ -56,17 +59,19 @@ class ReplayEngine(FSDPEngineWithLMHead):
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool) -> Any:
         """One micro-batch through the model under its own routes."""
-        lengths_B = micro_batch["input_ids"].offsets().diff()
+        input_ids: Any = micro_batch["input_ids"]
+        lengths_B = input_ids.offsets().diff()
         real_R = (torch.arange(int(lengths_B.max()), device=lengths_B.device) < lengths_B[:, None]).reshape(-1)
         if "routed_experts" in micro_batch.keys():  # noqa: SIM118 (a TensorDict is no dict)
-            ids_RLK, present_R = padded_routes(micro_batch["routed_experts"].values(), real_R)
+            routed_experts: Any = micro_batch["routed_experts"]
+            ids_RLK, present_R = padded_routes(routed_experts.values(), real_R)
             self.routers.replay(ids_RLK.to(get_device_id()), present_R.to(get_device_id()))
         else:
             self.routers.route_live()
         loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         live_TLK = self.routers.live_RLK[real_R.to(get_device_id())].to(torch.int16)
         output["model_output"]["live_experts"] = torch.nested.nested_tensor_from_jagged(
-            live_TLK, micro_batch["input_ids"].offsets().to(live_TLK.device)
+            live_TLK, input_ids.offsets().to(live_TLK.device)
         )
         return loss, output
 

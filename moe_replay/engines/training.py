@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from moe_replay.config import RunConfig
 from moe_replay.engines.checkpoint import MODEL_FOLDER
@@ -249,4 +250,4 @@ def _join_process_group() -> None:
     if torch.distributed.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -68,7 +68,7 @@ class PlatformCPU(PlatformBase):
         return "CPU_VISIBLE_DEVICES"
 
     @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
+    def nvtx_range(self, msg: str) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         yield
 
     def profiler_start(self) -> None:
@@ -83,8 +83,8 @@ class PlatformCPU(PlatformBase):
     def ray_noset_envvars(self) -> list[str]:
         return []
 
-    def ray_resource_options(self, num_devices: float) -> dict[str, Any]:
-        return {"num_cpus": num_devices}
+    def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
+        return {"num_cpus": num_gpus}
 
     def is_ipc_supported(self) -> bool:
         return False

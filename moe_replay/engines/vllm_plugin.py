@@ -57,7 +57,7 @@ class PolicyLoader:
 
     def moe_replay_router_layers(self) -> list[int]:
         """Decoder layer index of each MoE layer, ascending; capture has a row for every decoder layer."""
-        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+        from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
         modules = self.model_runner.get_model().modules()
         return sorted({module.layer_id for module in modules if isinstance(module, MoERunner)})
