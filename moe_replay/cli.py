@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import uuid
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +17,8 @@ from rich.table import Table
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import STAGES
 from moe_replay.archive.routes import RouteArchive, verify_routes
-from moe_replay.config import RunConfig, home_folder, load_config, parse_config, parse_override, run_root
-from moe_replay.environment import set_defaults
+from moe_replay.config import RunConfig, load_config, parse_override, run_root
+from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, ReplayError
 
 app = App(name="moe-replay", help="Reinforcement learning for Mixture-of-Experts models with routing replay.")
@@ -44,6 +45,9 @@ def main() -> None:
     except ReplayError as error:
         _err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        _err.print("stopped; what is committed stays: moe-replay resume RUN goes on from there", highlight=False)
+        sys.exit(130)
 
 
 @app.command
@@ -91,11 +95,11 @@ def run(
 @app.command
 def resume(run_id: str, *, root: Root = None, json_: Json = False) -> None:
     """Continue a run at its first stage that is not committed, with the config it was started with."""
-    store = RunStore(_root(root), run_id)
-    document = store.read_run()
-    stored = document["config"]
-    stored["storage"]["root"] = root
-    _train(parse_config(stored), run_id, json_)
+    from moe_replay.preparation import stored_config
+
+    config = stored_config(RunStore(_root(root), run_id))
+    storage = config.storage.model_copy(update={"root": root})
+    _train(config.model_copy(update={"storage": storage}), run_id, json_)
 
 
 @app.command
@@ -177,8 +181,11 @@ def reasoning_gym(task: str, out: Path, *, size: int = 512, seed: int = 0) -> No
     """
     from moe_replay.data.reasoning import write_parquet
 
+    # Packages that reasoning-gym needs are compiled on first import, and the compiler complains of their style.
+    warnings.simplefilter("ignore", SyntaxWarning)
     write_parquet(task, out, size, seed)
-    _out.print(f"wrote {size} problems of {task} to {out}; train on them with --set data.train={out}")
+    told = f"wrote {size} problems of {task} to {out}; train on them with --set data.train={out}"
+    _out.print(escape(told), highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -186,36 +193,46 @@ def ui(*, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
     """Start the MLflow UI and the Prefect server on loopback, until interrupted."""
     from moe_replay.servers import serve
 
-    serve(home_folder(), mlflow_port, prefect_port, _out)
+    serve(make_home(), mlflow_port, prefect_port, _out)
 
 
 def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
     """Run the flow in this process, showing progress on standard error when standard output is for a program."""
-    from moe_replay.preparation import preflight
+    from moe_replay.preparation import preflight, prepare
 
+    # Before Prefect is imported: that takes seconds, and wants to make its home.
     preflight(config, run_id)
-    # The display tells what Prefect would log here; its own interface still shows every line.
+    # The display tells what Prefect would log here; Prefect's own interface still shows every line.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
-    from flows.train import train
     from moe_replay.display import RunDisplay
+    from tasks.engines import engines_of
     from tasks.progress import listening
     from tasks.reporting import hearing_results
 
-    console = _err if as_json else _out
     title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
-    with RunDisplay(console, title) as display, listening(display.on_progress), hearing_results(display.on_result):
-        done = train(config, run_id)
+    with RunDisplay(_err if as_json else _out, title) as display:
+        ready = prepare(config, run_id, lambda done, total, what: display.on_progress("prepare", done, total, what))
+        # Engines take their time to import; they do it while Prefect's server starts.
+        engines_of(ready).start()
+        display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
+        from flows.train import train
+
+        with listening(display.on_progress), hearing_results(display.on_result):
+            done = train(config, run_id)
+    store = RunStore(done["root"], run_id)
     if as_json:
         from moe_replay.stages.results import iteration_metrics
 
-        store = RunStore(done["root"], run_id)
         print(json.dumps({**done, "iterations": [iteration_metrics(store, n) for n in range(config.iterations)]}))
         return
-    _out.print(f"\nrun       {run_id}\nartifacts {done['root']}/{run_id}\nMLflow    run {done['mlflow_run_id']}")
+    named = f"{run_id} --root {config.storage.root}" if config.storage.root else run_id
     _out.print(
-        f"\nnext:  moe-replay status {run_id}\n       moe-replay archive inspect {run_id}\n"
+        f"\nrun       {run_id}\nartifacts {store.name}\nMLflow    run {done['mlflow_run_id']}\n"
+        f"\nnext:  moe-replay status {named}\n       moe-replay archive inspect {named}\n"
         "       moe-replay ui          (MLflow and Prefect in the browser)",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 

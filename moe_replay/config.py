@@ -9,7 +9,7 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -25,18 +25,19 @@ from pydantic import (
 )
 
 from moe_replay.errors import ConfigError
-from moe_replay.methods import Method
+from moe_replay.methods import DEFAULT_PRESET, Method
 
 EMBEDDED = "embedded"
 """Stands for the tiny model, its training problems or its benchmark, all made on the spot."""
 
 Dtype = Literal["float32", "bfloat16"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
-    """Frozen, and refuses keys it doesn't know."""
+    """Frozen, and refuses keys it doesn't know; the docstrings of its keys are what Prefect's forms show."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Config):
@@ -81,7 +82,7 @@ class TrainingConfig(Config):
     """AdamW's learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the learning rate rises from 0."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
@@ -150,7 +151,7 @@ class RunConfig(Config):
     """Root of every seed of the run: data order, sampling, training."""
     iterations: PositiveInt = 5
     """Rollout-and-train cycles."""
-    method: Method = Field(default_factory=lambda: Method.model_validate("r3"))
+    method: Method = Field(default_factory=lambda: Method.model_validate(DEFAULT_PRESET))
     """A preset's name, or a table (see `moe_replay.methods`)."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -243,7 +244,7 @@ def _override(document: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     table: dict[str, Any] = document
     for parent in parents:
-        inner: Any = table.setdefault(parent, {})
+        inner: Any = table.setdefault(parent, DEFAULT_PRESET if parent == "method" else {})
         if parent == "method" and isinstance(inner, str):
             inner = table[parent] = {"name": inner}
         if not isinstance(inner, dict):

@@ -62,7 +62,7 @@ class RunDisplay:
 def results_table(title: str, results: Iterable[dict[str, float]]) -> Table:
     """One row an iteration: the headline metrics, then the seconds that each stage took."""
     results = list(results)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.caption = "from rollout on: seconds per stage"
     table.caption_justify = "left"
     table.add_column("#", justify="right")

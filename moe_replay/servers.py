@@ -23,10 +23,10 @@ def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> 
 
     Raises ConfigError when a port is taken, EngineLost when a server ends by itself.
     """
-    logs = home / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     for port, option in ((mlflow_port, "--mlflow-port"), (prefect_port, "--prefect-port")):
         _require_free(port, option)
+    logs = home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     commands = {
         "MLflow": (mlflow_port, "/health", _mlflow_command(home, mlflow_port)),
         "Prefect": (prefect_port, "/api/health", _prefect_command(prefect_port)),

@@ -51,6 +51,7 @@ class EngineProcess:
         self._process.start()
         theirs.close()
         self._idle = True
+        self._broken_off = False
 
     @property
     def pid(self) -> int:
@@ -60,8 +61,8 @@ class EngineProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
-        return self._process.is_alive()
+        """Whether it can take a call: the process runs, and no call to it was broken off."""
+        return self._process.is_alive() and not self._broken_off
 
     def call(self, function: str, progress: Progress, *args: Any) -> Any:
         """Run `function(engine, progress, *args)` in the engine's process and return its result.
@@ -69,9 +70,15 @@ class EngineProcess:
         The function is named as `package.module:name`, so that this process need not import what the engine needs.
 
         Raises:
-            EngineLost: the process died; its log says why.
+            EngineLost: the process died; its log says why. Or a call before this one was broken off by an exception
+                of `progress` or from outside: the engine is still at that work, and its next answer belongs to it.
             Exception: what the function, or the building of the engine, raised.
         """
+        if self._broken_off and self._process.is_alive():
+            raise EngineLost(
+                f"the {self.name} engine (process {self.pid}) takes no calls after one that was broken off: it is "
+                "still at that work; stop it and start a fresh one"
+            )
         self._idle = False
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send((function, args))
@@ -87,6 +94,8 @@ class EngineProcess:
                 return payload
         except (EOFError, ConnectionResetError) as error:
             raise self._lost() from error
+        finally:
+            self._broken_off = not self._idle
 
     def stop(self) -> None:
         """End the engine and everything it started. Harmless when it is gone already."""

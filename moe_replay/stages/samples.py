@@ -57,6 +57,15 @@ class Sample:
     truncated: bool
     trace: RoutingTrace
 
+    def __post_init__(self) -> None:
+        tokens, responses = len(self.prompt_ids) + len(self.response_ids), len(self.response_ids)
+        if self.trace.num_tokens != tokens or len(self.log_probs) != responses:
+            raise RoutingMismatch(
+                f"sequence {self.sequence_id} has {tokens} tokens, {responses} of them of the response, but routes of "
+                f"{self.trace.num_tokens} rows and {len(self.log_probs)} log-probs; they belong to other tokens: "
+                "re-run the rollout, routes are never padded"
+            )
+
     @property
     def token_digest(self) -> bytes:
         """Digest of prompt and response."""

@@ -1,0 +1,45 @@
+# Two commands do everything on a machine with Python 3.11, make and a C compiler: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+# A folder of wheels to look in first, as pip's own variable names it; without one, uv picks PyTorch's CPU build.
+WHEELS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
+
+.PHONY: demo test test-slow check install format ui clean
+
+demo: $(READY)
+	$(BIN)/moe-replay run
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+ui: $(READY)
+	$(BIN)/moe-replay ui
+
+install: $(READY)
+
+$(READY): pyproject.toml infra/constraints.txt infra/overrides.txt
+	@command -v $(PYTHON) >/dev/null || { echo "moe-replay needs Python 3.11; name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --python $(BIN)/python $(WHEELS) \
+		--constraints infra/constraints.txt --overrides infra/overrides.txt --editable ".[cpu,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .moe-replay

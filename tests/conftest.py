@@ -1,0 +1,26 @@
+"""Fixtures shared by all tests: one home with the embedded model for the whole session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from moe_replay import tiny
+from moe_replay.engines.process import no_progress
+from moe_replay.environment import set_defaults
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MOE_REPLAY_HOME of this session; all state that tests make lies under it."""
+    folder = tmp_path_factory.mktemp("home")
+    os.environ["MOE_REPLAY_HOME"] = str(folder)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    set_defaults()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def assets(home: Path) -> tiny.EmbeddedAssets:
+    """The embedded model and its data, made once."""
+    return tiny.prepare(home, no_progress)

@@ -1,0 +1,290 @@
+"""vLLM as rollout engine, in float32, against transformers and against itself."""
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import reference, same_sets, write_perturbed
+from training_calls import make_config, random_batch
+
+from moe_replay.config import RolloutConfig, RunConfig
+from moe_replay.data.prompts import PromptTable
+from moe_replay.engines import rollout
+from moe_replay.engines.pool import EnginePool
+from moe_replay.engines.process import EngineProcess, no_progress
+from moe_replay.engines.rollout import Request, Response
+from moe_replay.errors import ConfigError, EngineLost, RoutingMismatch
+
+EOS_ID = 1
+LONGEST_PROMPT = 300
+CONFIG = RolloutConfig(dtype="float32", max_prompt_tokens=LONGEST_PROMPT, max_response_tokens=8)
+TOLERANCE = 2e-5  # fp32, two implementations of the same sums
+CLEAR_MARGIN = 1e-4  # of router logits; closer ones may fall either way
+
+
+def generate(engine: EngineProcess, requests: list[Request], temperature: float = 1.0) -> list[Response]:
+    return engine.call("rollout_calls:generate", no_progress, requests, temperature)
+
+
+def load(engine: EngineProcess, folder: Path, weights: str) -> str | None:
+    return engine.call("rollout_calls:load", no_progress, folder, weights)
+
+
+def ask(text: str, seed: int = 0) -> Request:
+    return Request([{"role": "user", "content": text}], seed)
+
+
+def long_texts(number: int) -> list[str]:
+    """Sums with a preface that fills two blocks of the prefix cache."""
+    drawn = random.Random(2)
+    preface = "".join(drawn.choice("0123456789+= ") for _ in range(280))
+    return [preface + f"{drawn.randrange(100, 1000)}+{drawn.randrange(100, 1000)}=" for _ in range(number)]
+
+
+@pytest.fixture(scope="module")
+def perturbed(assets, tmp_path_factory) -> Path:
+    return write_perturbed(assets.model, tmp_path_factory.mktemp("models") / "perturbed")
+
+
+@pytest.fixture(scope="module")
+def pool(perturbed, tmp_path_factory) -> Iterator[EnginePool]:
+    """Engines that start from the perturbed model."""
+    pool = EnginePool(perturbed, "perturbed", RunConfig(rollout=CONFIG), tmp_path_factory.mktemp("logs"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def engine(assets, pool, tmp_path_factory) -> Iterator[EngineProcess]:
+    """An engine that starts from the embedded model."""
+    log = tmp_path_factory.mktemp("logs") / "rollout.log"
+    arguments = (assets.model, "embedded", CONFIG)
+    engine = EngineProcess("moe_replay.engines.rollout:RolloutEngine", arguments, "rollout", log, rollout.ENVIRONMENT)
+    pool.rollout()  # starts in the background
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def embedded(engine, assets) -> EngineProcess:
+    """The engine with the embedded model's weights, whatever the test before has left."""
+    load(engine, assets.model, "embedded")
+    return engine
+
+
+@pytest.fixture(scope="module")
+def questions(assets) -> list[Request]:
+    """Eight of the benchmark's problems, four times each, one with a system prompt."""
+    prompts = PromptTable.open(assets.benchmark).take(8)
+    asked = [prompt.messages for prompt in prompts for _ in range(4)]
+    asked[0] = [{"role": "system", "content": "Add. "}, *asked[0]]
+    return [Request(messages, seed) for seed, messages in enumerate(asked)]
+
+
+@pytest.fixture(scope="module")
+def long_questions() -> list[Request]:
+    """Six long problems with one preface, three times each: they share blocks of the prefix cache in one batch."""
+    return [ask(text, seed) for seed, text in enumerate(text for text in long_texts(6) for _ in range(3))]
+
+
+def assert_as_transformers(responses: list[Response], folder: Path, temperature: float = 1.0) -> None:
+    compared = unclear = 0
+    for response in responses:
+        expected = reference(folder, response.prompt_ids, response.response_ids, temperature)
+        np.testing.assert_allclose(response.log_probs, expected.log_probs_S, rtol=0, atol=TOLERANCE)
+        trace = response.trace
+        assert trace.num_tokens == len(response.prompt_ids) + len(response.response_ids)
+        assert trace.valid_T.tolist() == [True] * (trace.num_tokens - 1) + [False]
+        clear_TL = (expected.router_margin_TL > CLEAR_MARGIN)[:-1]
+        assert same_sets(trace.ids_TLK, expected.ids_TLK)[:-1][clear_TL].all()
+        compared, unclear = compared + clear_TL.size, unclear + (~clear_TL).sum()
+    assert unclear < 0.001 * compared
+
+
+def assert_same(one: list[Response], other: list[Response]) -> None:
+    """To the last bit, order of experts included."""
+    for a, b in zip(one, other, strict=True):
+        assert (a.prompt_ids, a.response_ids, a.text, a.truncated) == (
+            b.prompt_ids,
+            b.response_ids,
+            b.text,
+            b.truncated,
+        )
+        assert a.log_probs == b.log_probs
+        np.testing.assert_array_equal(a.trace.ids_TLK, b.trace.ids_TLK)
+
+
+# Routes and log-probs
+
+
+def test_the_engine_knows_its_model(embedded):
+    num_experts, top_k, layers, block_size = embedded.call("rollout_calls:describe", no_progress)
+    assert (num_experts, top_k, layers) == (16, 2, (0, 1, 2, 3))
+    assert 2 * block_size < len(long_texts(1)[0]) <= LONGEST_PROMPT
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_and_routes_are_those_of_transformers(embedded, assets, questions, temperature):
+    assert_as_transformers(generate(embedded, questions, temperature), assets.model, temperature)
+
+
+def test_row_t_is_the_route_of_token_t(embedded, assets, questions):
+    right = shifted = total = 0
+    for response in generate(embedded, questions):
+        captured = response.trace.ids_TLK
+        expected = reference(assets.model, response.prompt_ids, response.response_ids, 1.0).ids_TLK
+        right += same_sets(captured[:-1], expected[:-1]).sum()
+        shifted += same_sets(captured[:-2], expected[1:-1]).sum()
+        total += captured[:-1, :, 0].size
+    assert right > 0.999 * total
+    assert shifted < 0.5 * total
+
+
+def test_prompts_that_share_cached_blocks_have_routes_and_log_probs_of_their_own(embedded, assets, long_questions):
+    """18 prompts of 288 tokens are also more than one step of the scheduler takes."""
+    assert_as_transformers(generate(embedded, long_questions), assets.model)
+
+
+def test_greedy_responses_are_the_likeliest_tokens(embedded, assets, questions):
+    responses = generate(embedded, questions, 0.0)
+    assert len({(tuple(r.prompt_ids), r.text) for r in responses}) == len({tuple(r.prompt_ids) for r in responses})
+
+
+def test_a_response_ends_with_the_end_token_unless_truncated(embedded, questions, long_questions):
+    responses = generate(embedded, questions + long_questions)
+    assert {response.truncated for response in responses} == {True, False}
+    for response in responses:
+        if response.truncated:
+            assert len(response.response_ids) == CONFIG.max_response_tokens
+            assert EOS_ID not in response.response_ids
+        else:
+            assert response.response_ids.index(EOS_ID) == len(response.response_ids) - 1
+
+
+def test_no_requests_give_no_responses(embedded):
+    assert generate(embedded, []) == []
+
+
+# Repetition
+
+
+def test_the_same_requests_give_the_same_bytes(embedded, questions, long_questions):
+    requests = questions + long_questions
+    assert_same(generate(embedded, requests), generate(embedded, requests))
+
+
+def test_a_response_depends_on_its_seed_and_not_on_its_neighbours(embedded, questions):
+    straight = generate(embedded, questions)
+    order = random.Random(4).sample(range(len(questions)), len(questions))
+    turned = generate(embedded, [questions[i] for i in order])
+    alone = generate(embedded, questions[5:6])
+    for position, number in [*enumerate(order), (None, 5)]:
+        other = alone[0] if position is None else turned[position]
+        assert other.response_ids == straight[number].response_ids
+        np.testing.assert_allclose(other.log_probs, straight[number].log_probs, rtol=0, atol=TOLERANCE)
+    same_prompt = {
+        tuple(response.response_ids) for response in generate(embedded, [ask("123+456=", s) for s in range(16)])
+    }
+    assert len(same_prompt) > 1
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("length", [LONGEST_PROMPT, LONGEST_PROMPT + 1])
+def test_a_prompt_is_taken_up_to_the_limit_and_refused_beyond(embedded, length):
+    requests = [ask("1+1="), ask("9" * length)]
+    if length == LONGEST_PROMPT:
+        assert [len(response.prompt_ids) for response in generate(embedded, requests)] == [4, length]
+    else:
+        with pytest.raises(ConfigError, match=r"prompt 1 of the batch has 301 tokens, .* 1 to 300; .*'9999"):
+            generate(embedded, requests)
+
+
+def test_an_empty_prompt_is_refused(embedded):
+    with pytest.raises(ConfigError, match="prompt 0 of the batch has 0 tokens"):
+        generate(embedded, [ask("")])
+
+
+# Weights
+
+
+def test_an_engine_killed_at_work_is_lost_and_the_next_one_works(pool, questions):
+    first = pool.rollout()
+    with pytest.raises(EngineLost, match="rollout engine .* exit code -9"):
+        first.call("rollout_calls:generate", lambda *_: os.kill(first.pid, signal.SIGKILL), questions, 1.0)
+    fresh = pool.rollout()
+    assert fresh.pid != first.pid
+    assert len(generate(fresh, questions)) == len(questions)
+
+
+def test_swapped_weights_equal_a_fresh_engine_and_come_back_exactly(
+    embedded, pool, assets, perturbed, questions, long_questions
+):
+    requests = questions + long_questions
+    first = generate(embedded, requests)
+    assert load(embedded, perturbed, "perturbed") == "perturbed"
+    swapped = generate(embedded, requests)
+    assert_same(swapped, generate(pool.rollout(), requests))
+    assert_as_transformers(swapped, perturbed)
+    changed = [
+        not same_sets(a.trace.ids_TLK[:8], b.trace.ids_TLK[:8]).all() for a, b in zip(first, swapped, strict=True)
+    ]
+    assert all(changed)
+    load(embedded, assets.model, "embedded")
+    assert_same(generate(embedded, requests), first)
+
+
+def test_weights_held_already_are_not_loaded_again(embedded, questions, tmp_path):
+    before = generate(embedded, questions)
+    assert load(embedded, tmp_path / "nowhere", "embedded") == "embedded"
+    assert_same(generate(embedded, questions), before)
+
+
+def test_weights_that_cannot_be_loaded_are_not_taken_for_loaded(embedded, assets, questions, tmp_path):
+    before = generate(embedded, questions)
+    shutil.copytree(assets.model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError):
+        load(embedded, tmp_path / "model", "broken")
+    load(embedded, assets.model, "embedded")
+    assert_same(generate(embedded, questions), before)
+
+
+def test_a_checkpoint_of_the_trainer_loads_and_both_engines_agree(embedded, bench, assets, questions, tmp_path):
+    bench.call("training_calls:open_model", no_progress, assets.model, make_config({"learning_rate": 1e-3}))
+    for _ in range(3):
+        bench.call("training_calls:step", no_progress, random_batch(), None)
+    bench.call("training_calls:save", no_progress, tmp_path)
+    load(embedded, tmp_path / "huggingface", "trained")
+    responses = generate(embedded, questions)
+    assert_as_transformers(responses, tmp_path / "huggingface")
+    batch = random_batch()
+    scored = bench.call(
+        "training_calls:score",
+        no_progress,
+        type(batch)(
+            [r.prompt_ids for r in responses], [r.response_ids for r in responses], batch.old_NS, batch.advantages_NS
+        ),
+        [response.trace for response in responses],
+    )
+    for response, log_probs in zip(responses, scored.log_probs, strict=True):
+        np.testing.assert_allclose(response.log_probs, log_probs, rtol=0, atol=TOLERANCE)
+
+
+# Capture that isn't
+
+
+def test_an_engine_whose_kernel_reports_no_routes_is_refused(assets, questions, tmp_path):
+    arguments = (assets.model, "embedded", CONFIG)
+    silent = EngineProcess("rollout_calls:build_silent", arguments, "rollout", tmp_path / "log", rollout.ENVIRONMENT)
+    try:
+        with pytest.raises(RoutingMismatch, match=r"names an expert twice: \[0, 0\]"):
+            generate(silent, questions)
+    finally:
+        silent.stop()

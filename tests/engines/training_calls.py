@@ -1,0 +1,144 @@
+"""What tests have verl do; imported by name in its process. Tensors travel as numpy."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moe_replay.config import RunConfig, parse_config
+from moe_replay.engines.process import Progress
+from moe_replay.routing.trace import RoutingTrace
+
+if TYPE_CHECKING:  # imports verl, which belongs in the engine's process
+    from moe_replay.engines.training import Pass, TokenSequence, TrainingEngine
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompt and response ids of N sequences, with what a step needs of them (numpy [N, S])."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    old_NS: np.ndarray
+    advantages_NS: np.ndarray
+    importance_NS: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A `Pass` in numpy, its routes split by sequence."""
+
+    log_probs: list[np.ndarray]
+    entropy: list[np.ndarray]
+    live: list[np.ndarray]
+    loss: float
+    grad_norm: float
+
+
+class Bench:
+    """Room for one training engine at a time."""
+
+    def __init__(self) -> None:
+        import verl  # noqa: F401 (ten seconds that no test should wait for twice)
+
+        torch.set_num_threads(1)
+        self.engine: TrainingEngine | None = None
+
+    @property
+    def held(self) -> "TrainingEngine":
+        assert self.engine is not None, "open a model first"
+        return self.engine
+
+
+def random_batch(vocabulary: int = 98, sequences: int = 9, longest: int = 12) -> Batch:
+    """Sequences of many lengths, the shortest with one token of prompt and of response."""
+    rng = random.Random(3)
+    lengths = [(1, 1), (longest, 1), (1, longest)]
+    lengths += [(rng.randint(1, longest), rng.randint(1, longest)) for _ in range(sequences - len(lengths))]
+    ids = [[[rng.randrange(3, vocabulary) for _ in range(part)] for part in pair] for pair in lengths]
+    shape = (sequences, longest)
+    drawn = np.random.default_rng(5)
+    return Batch(
+        prompts=[pair[0] for pair in ids],
+        responses=[pair[1] for pair in ids],
+        old_NS=(-4.5 + 0.1 * drawn.standard_normal(shape)).astype("float32"),
+        advantages_NS=np.repeat(drawn.standard_normal((sequences, 1)), longest, 1).astype("float32"),
+    )
+
+
+def make_config(training: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
+    """A config of fp32 training; `training` is laid over its table."""
+    table = {"micro_batch_tokens": 4096, "learning_rate": 1e-2, **(training or {})}
+    rollout = {"max_prompt_tokens": 12, "max_response_tokens": 12, **settings.pop("rollout", {})}
+    return parse_config({"training": table, "rollout": rollout, **settings})
+
+
+def open_model(bench: Bench, progress: Progress, model: Path, config: RunConfig) -> tuple[int, int, tuple[int, ...]]:
+    """Build an engine in place of the one before; returns (E, K, layers)."""
+    from moe_replay.engines.training import TrainingEngine
+
+    bench.engine = TrainingEngine(model, "initial", config)
+    return bench.engine.num_experts, bench.engine.top_k, bench.engine.layers
+
+
+def load(bench: Bench, progress: Progress, folder: Path, weights: str, is_checkpoint: bool) -> bool:
+    """Load weights; returns whether anything was built for it."""
+    before = bench.held._engine
+    bench.held.load(folder, weights, is_checkpoint)
+    return bench.held._engine is not before
+
+
+def save(bench: Bench, progress: Progress, folder: Path) -> None:
+    bench.held.save(folder)
+
+
+def score(bench: Bench, progress: Progress, batch: Batch, routes: list[RoutingTrace] | None) -> Seen:
+    return _seen(bench.held.score(_sequences(batch), routes), batch)
+
+
+def step(bench: Bench, progress: Progress, batch: Batch, routes: list[RoutingTrace] | None) -> Seen:
+    importance = None if batch.importance_NS is None else torch.from_numpy(batch.importance_NS)
+    old, advantages = torch.from_numpy(batch.old_NS), torch.from_numpy(batch.advantages_NS)
+    return _seen(bench.held.step(_sequences(batch), routes, old, advantages, importance), batch)
+
+
+def name_of_weights(bench: Bench, progress: Progress) -> str | None:
+    return bench.held.weights
+
+
+def weights(bench: Bench, progress: Progress) -> dict[str, np.ndarray]:
+    """All parameters of the model, whole."""
+    state = bench.held._engine.module.state_dict()
+    return {name: getattr(value, "full_tensor", lambda v=value: v)().numpy().copy() for name, value in state.items()}
+
+
+def registered_losses(bench: Bench, progress: Progress) -> list[str]:
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    return sorted(POLICY_LOSS_REGISTRY)
+
+
+def _sequences(batch: Batch) -> "list[TokenSequence]":
+    from moe_replay.engines.training import TokenSequence
+
+    pairs = zip(batch.prompts, batch.responses, strict=True)
+    return [TokenSequence(torch.tensor(prompt), torch.tensor(response)) for prompt, response in pairs]
+
+
+def _seen(found: "Pass", batch: Batch) -> Seen:
+    tokens = [len(prompt) + len(response) for prompt, response in zip(batch.prompts, batch.responses, strict=True)]
+    assert len(found.live_TLK) == sum(tokens)
+
+    def unpadded(values_NS: torch.Tensor) -> list[np.ndarray]:
+        return [row[: len(ids)].numpy() for row, ids in zip(values_NS, batch.responses, strict=True)]
+
+    return Seen(
+        log_probs=unpadded(found.log_probs_NS),
+        entropy=unpadded(found.entropy_NS),
+        live=[part.numpy() for part in found.live_TLK.split(tokens)],
+        loss=found.loss,
+        grad_norm=found.grad_norm,
+    )

@@ -1,0 +1,36 @@
+"""Run the command line as a user does, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SMALL = {"rollout.prompts": 8, "rollout.responses": 4, "training.mini_steps": 2, "evaluation.samples": 1}
+"""Settings of a run that is small enough to be repeated in tests."""
+
+
+def arguments(*words: str, settings: dict[str, Any] | None = None) -> list[str]:
+    """The command line with settings as --set."""
+    sets = [f"--set={key}={value}" for key, value in (settings or {}).items()]
+    return [str(Path(sys.executable).with_name("moe-replay")), *words, *sets]
+
+
+def start(*words: str, settings: dict[str, Any] | None = None, **environment: str) -> subprocess.Popen[str]:
+    """Start a command and go on."""
+    return subprocess.Popen(
+        arguments(*words, settings=settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def run_json(*words: str, settings: dict[str, Any] | None = None, **environment: str) -> dict[str, Any]:
+    """Run a command with --json and return what it says; its standard error is shown when it fails."""
+    process = start(*words, "--json", settings=settings, **environment)
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, f"exit code {process.returncode}\n{err}"
+    return json.loads(out)

@@ -1,0 +1,192 @@
+"""The whole chain on the embedded model: real vLLM, verl, Prefect server and MLflow database."""
+
+import json
+import math
+import os
+import signal
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from command import SMALL, run_json, start
+from mlflow import MlflowClient
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.layout import TIMING_FILE
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+EXACT = {**SMALL, "rollout.dtype": "float32"}
+STAGES = {"rollout", "routes", "training", "evaluation"}
+
+
+@pytest.fixture(scope="module")
+def exact_run(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> tuple[Path, dict[str, Any]]:
+    """A run of two iterations in float32 that nothing disturbed: its folder, and what the command said."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    return root / "exact", run_json(
+        "run", "--run-id=exact", "--iterations=2", f"--root={root.as_uri()}", settings=EXACT
+    )
+
+
+@pytest.mark.parametrize("method", ["grpo", "gspo", "tis", "r2", "r3"])
+def test_each_method_trains_two_iterations(method: str, tmp_path: Path) -> None:
+    root = tmp_path.as_uri()
+    said = run_json(
+        "run", f"--method={method}", f"--run-id=small-{method}", "--iterations=2", f"--root={root}", settings=SMALL
+    )
+
+    assert said["run_id"] == f"small-{method}"
+    assert len(said["iterations"]) == 2
+    for metrics in said["iterations"]:
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["policy/grad_norm"] > 0
+        assert metrics["mismatch/kl_k3"] >= 0
+        assert 0 <= metrics["eval/addition/avg_at_n"] <= 1
+        # 1 in 13 rows has no route: the last token of each sequence was never fed.
+        assert 0 < metrics["routing/missing_fraction"] < 0.1
+        if method == "r2":
+            assert metrics["routing/agreement_step_1"] == 1.0
+    assert run_json("archive", "verify", f"small-{method}", f"--root={root}")["problems"] == []
+
+
+def test_same_seed_twice_gives_the_same_bytes(exact_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, said = exact_run
+
+    again = run_json("run", "--run-id=exact", "--iterations=2", f"--root={tmp_path.as_uri()}", settings=EXACT)
+
+    assert committed_bytes(tmp_path / "exact") == committed_bytes(folder)
+    assert without_clock(again["iterations"]) == without_clock(said["iterations"])
+
+
+def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage(
+    exact_run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    root = tmp_path.as_uri()
+    disturbed = start("run", "--run-id=exact", "--iterations=2", f"--root={root}", settings=EXACT)
+    wait_for(tmp_path / "exact/iterations/00000/training/_committed.json")
+    engines = psutil.Process(disturbed.pid).children(recursive=True)
+    disturbed.kill()
+    disturbed.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "exact").rglob("_committed.json")}
+
+    said = run_json("resume", "exact", f"--root={root}")
+
+    assert psutil.wait_procs(engines, timeout=10)[1] == [], "engines outlived the process that drove them"
+    assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "a committed stage ran again"
+    assert committed_bytes(tmp_path / "exact") == committed_bytes(exact_run[0])
+    assert mlflow_steps(said["mlflow_run_id"], "mismatch/kl_k3") == [0, 1]
+
+
+def test_lost_engine_is_replaced_and_the_stage_retried(tmp_path: Path) -> None:
+    process = start("run", "--run-id=lost", "--iterations=3", f"--root={tmp_path.as_uri()}", "--json", settings=EXACT)
+    wait_for(tmp_path / "lost/iterations/00000/evaluation/_committed.json")
+    for engine in psutil.Process(process.pid).children():
+        if "multiprocessing.spawn" in " ".join(engine.cmdline()):
+            os.kill(engine.pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=280)
+
+    assert process.returncode == 0, err
+    assert len(json.loads(out)["iterations"]) == 3
+
+
+def test_status_and_inspect_read_storage_alone(exact_run: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = exact_run
+    root = f"--root={folder.parent.as_uri()}"
+
+    stages = run_json("status", "exact", root)["stages"]
+    inspected = run_json("archive", "inspect", "exact", root)
+
+    assert {(stage["iteration"], stage["stage"]) for stage in stages} == {(n, s) for n in (0, 1) for s in STAGES}
+    assert all(stage["state"] == "committed" and stage["bytes"] > 0 and stage["seconds"] > 0 for stage in stages)
+    sequences = SMALL["rollout.prompts"] * SMALL["rollout.responses"]
+    assert inspected["sequences"] == inspected["missing_rows"] == sequences
+    assert inspected["captured_rows"] == inspected["tokens"] - sequences
+    assert (inspected["layers"], inspected["experts"], inspected["top_k"]) == (4, 16, 2)
+    assert inspected["provenance"]["iteration"] == 1
+    policy = RunStore(folder.parent.as_uri(), "exact").commit_of("training", 0)
+    assert policy is not None
+    assert inspected["provenance"]["weights_sha256"] == policy.sha256
+
+
+def test_verify_names_a_damaged_object(exact_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(exact_run[0], tmp_path / "exact")
+    damaged = next((tmp_path / "exact/iterations/00001/routes/routes/ids").rglob("c/**/0"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+
+    process = start("archive", "verify", "exact", f"--root={tmp_path.as_uri()}", "--json")
+    out, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert any("iterations/00001/routes" in problem for problem in json.loads(out)["problems"])
+
+
+def test_mlflow_holds_settings_and_every_metric_by_iteration(exact_run: tuple[Path, dict[str, Any]]) -> None:
+    _, said = exact_run
+
+    tracked = mlflow().get_run(said["mlflow_run_id"])
+
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.tags["method"] == "r3"
+    assert tracked.data.tags["kappa"] == "2"
+    assert tracked.data.params["rollout.dtype"] == "float32"
+    assert "version.verl" in tracked.data.params
+    for key in said["iterations"][0]:
+        assert mlflow_steps(said["mlflow_run_id"], key) == [0, 1]
+    config = mlflow().download_artifacts(said["mlflow_run_id"], "config.json")
+    assert json.loads(Path(config).read_text())["rollout"]["prompts"] == SMALL["rollout.prompts"]
+
+
+def test_prefect_shows_iterations_with_their_stages_and_the_results_table(
+    exact_run: tuple[Path, dict[str, Any]], prefect_api: str
+) -> None:
+    flows = post(f"{prefect_api}/flow_runs/filter", {"flow_runs": {"name": {"any_": ["exact-0", "exact-1"]}}})
+    tasks = post(f"{prefect_api}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
+    tables = post(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["results-exact"]}}})
+
+    assert {flow["name"] for flow in flows} == {"exact-0", "exact-1"}
+    assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} <= {task["name"] for task in tasks}
+    rows = json.loads(tables[-1]["data"])
+    assert "mismatch/kl_k3" in rows[0]
+
+
+def committed_bytes(run: Path) -> dict[str, bytes]:
+    """Every object of a run that a seed decides."""
+    files = (path for path in (run / "iterations").rglob("*") if path.is_file() and path.name != TIMING_FILE)
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
+
+
+def without_clock(iterations: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The metrics that do not depend on how fast the machine is."""
+    clocked = ("time/", "archive/write_mb_s")
+    return [{key: value for key, value in one.items() if not key.startswith(clocked)} for one in iterations]
+
+
+def wait_for(path: Path) -> None:
+    """Wait until a file exists."""
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def mlflow() -> MlflowClient:
+    """The database that the runs of this session log to."""
+    return MlflowClient(f"sqlite:///{os.environ['MOE_REPLAY_HOME']}/mlflow.db")
+
+
+def mlflow_steps(run_id: str, key: str) -> list[int]:
+    """Steps at which a metric was logged, in order, repetitions included."""
+    return sorted(point.step for point in mlflow().get_metric_history(run_id, key))
+
+
+def post(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ask the Prefect server."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
