@@ -17,7 +17,7 @@ from rich.table import Table
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import STAGES
 from moe_replay.archive.routes import RouteArchive, verify_routes
-from moe_replay.config import RunConfig, load_config, parse_override, run_root
+from moe_replay.config import RunConfig, load_config, parse_config, parse_override, run_root
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, ReplayError
 
@@ -237,7 +237,7 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
 
 
 def _root(root: str | None) -> str:
-    return root or run_root(RunConfig())
+    return run_root(parse_config({"storage": {"root": root}}))
 
 
 def _open_archive(store: RunStore, iteration: int | None) -> RouteArchive:

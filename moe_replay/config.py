@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -124,6 +125,13 @@ class StorageConfig(Config):
     """Any fsspec URL (`s3://bucket/runs`, a folder); by default `runs` under MOE_REPLAY_HOME."""
     chunk_tokens: PositiveInt = 65536
     """Tokens per chunk of the routing archive, the least that a partial read touches in one layer."""
+
+    @model_validator(mode="after")
+    def _root_holds_no_password(self) -> "StorageConfig":
+        # The root is logged, tracked and printed. A validator of the whole section leaves the value out of the error.
+        if self.root and re.search(r"//[^/@]*:[^/@]*@", self.root):
+            raise ValueError("root holds a password; give credentials in the environment (AWS_ACCESS_KEY_ID, ...)")
+        return self
 
 
 class TrackingConfig(Config):

@@ -1,7 +1,6 @@
 """What Prefect, MLflow and the engines must find in the environment before they are imported."""
 
 import os
-
 from pathlib import Path
 
 from moe_replay.config import home_folder

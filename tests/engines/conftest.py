@@ -1,7 +1,6 @@
 """The process in which verl works, shared by the tests of training and of rollout."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 

@@ -94,6 +94,13 @@ def reference(folder: Path, prompt_ids: list[int], response_ids: list[int], temp
     )
 
 
+def greedy(folder: Path, prompt_ids: list[int], most: int) -> list[int]:
+    """The likeliest token each time, up to the end of the sequence."""
+    model, _ = _load(folder)
+    output = model.generate(torch.tensor([prompt_ids]), do_sample=False, max_new_tokens=most)
+    return output[0, len(prompt_ids) :].tolist()
+
+
 @cache
 def _load(folder: Path) -> tuple[Any, Routers]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm")

@@ -49,7 +49,7 @@ def test_calls_run_on_one_engine_that_lives_between_them(engine):
 
 
 def test_an_error_of_ours_arrives_as_itself_and_the_engine_goes_on(engine):
-    with pytest.raises(RoutingMismatch, match="^routes cover 3 rows$"):
+    with pytest.raises(RoutingMismatch, match=r"^routes cover 3 rows$"):
         engine.call("process_calls:mismatch", no_progress)
     assert engine.call("process_calls:add", no_progress, 1) == 6
 
@@ -117,7 +117,7 @@ def test_a_call_to_an_engine_that_died_at_rest_is_lost(engine):
 def test_a_failure_to_build_is_raised_by_the_first_call(tmp_path):
     broken = start(tmp_path, "process_calls:Broken")
     try:
-        with pytest.raises(RoutingMismatch, match="^routes cover 5 rows$"):
+        with pytest.raises(RoutingMismatch, match=r"^routes cover 5 rows$"):
             broken.call("process_calls:add", no_progress, 1)
         assert wait_until_gone(broken.pid)
         with pytest.raises(EngineLost):
