@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> 
         "Prefect": (prefect_port, "/api/health", _prefect_command(prefect_port)),
     }
     running: dict[str, subprocess.Popen[bytes]] = {}
+    # Asked to end politely, this process must still end its servers.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name, (port, _, command) in commands.items():
             with (logs / f"{name.lower()}.log").open("ab") as log:
@@ -64,12 +67,16 @@ def _prefect_command(port: int) -> list[str]:
 
 
 def _environment(home: Path, port: int) -> dict[str, str]:
-    return {**os.environ, "PREFECT_UI_API_URL": f"http://{_HOST}:{port}/api", "PREFECT_HOME": str(home / "prefect")}
+    return {
+        **os.environ,
+        "PREFECT_UI_API_URL": f"http://{_HOST}:{port}/api",
+        "PREFECT_HOME": str(home / "prefect"),
+        # A dozen processes for features of MLflow that have no part in training runs.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
 
 
 def _require_free(port: int, option: str) -> None:
-    import socket
-
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -20,6 +20,8 @@ from tasks.retry import is_transient
 RUN_KEY = "moe_replay.run"
 """Tag by which a training run finds its MLflow run again."""
 _ITERATIONS = "moe_replay.iterations_logged"
+_SHOWN_AS_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow's UI open the experiment with charts of training runs, not with those of language model applications."""
 
 
 def tracking_uri(home: Path) -> str:
@@ -101,7 +103,8 @@ def _experiment(client: Any, run: Run) -> str:
     # A tracking server knows where its artifacts go; a bare database would put them under the working folder.
     local = not os.environ.get("MLFLOW_TRACKING_URI")
     try:
-        return client.create_experiment(name, (run.home / "mlflow-artifacts").as_uri() if local else None)
+        artifacts = (run.home / "mlflow-artifacts").as_uri() if local else None
+        return client.create_experiment(name, artifacts, tags=_SHOWN_AS_TRAINING)
     except MlflowException:
         # Another run created it in between.
         return client.get_experiment_by_name(name).experiment_id

@@ -46,9 +46,11 @@ def generate_rollouts(
 
 
 def load_policy(engine: "RolloutEngine", run: Run, ref: ArtifactRef) -> None:
-    """Have the engine hold the weights of `ref`."""
-    policy = run.policy(ref, with_optimizer=False)
-    engine.load(policy.folder / "huggingface" if policy.is_checkpoint else policy.folder, policy.sha256)
+    """Have the engine hold the weights of `ref`; nothing is fetched when it does."""
+    if engine.weights == ref.sha256:
+        return
+    with run.policy(ref, with_optimizer=False) as policy:
+        engine.load(policy.folder / "huggingface" if policy.is_checkpoint else policy.folder, policy.sha256)
 
 
 def make_sample(number: int, group: int, prompt: Prompt, response: Response) -> Sample:

@@ -1,5 +1,8 @@
 """A run as its stages see it: where its artifacts are, which weights a reference stands for, which seed to use."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +44,7 @@ class Run(BaseModel):
     root: str
     """URL under which the run's folder lies."""
     home: Path
-    """Local folder for caches and logs."""
+    """Local folder for logs and scratch files."""
     config: RunConfig
     model: Path
     """The model that the run starts from, on local disk."""
@@ -73,14 +76,24 @@ class Run(BaseModel):
         """Stands for the model that the run starts from."""
         return ArtifactRef(uri=_INITIAL + self.config.model.path, sha256=self.model_sha256)
 
-    def policy(self, ref: ArtifactRef, with_optimizer: bool) -> Policy:
-        """The weights a reference stands for, fetched to local disk and verified."""
+    @contextmanager
+    def policy(self, ref: ArtifactRef, with_optimizer: bool) -> Iterator[Policy]:
+        """The weights a reference stands for, on local disk and verified, for as long as they are being loaded."""
         if ref.uri.startswith(_INITIAL):
-            return Policy(self.model, ref.sha256, is_checkpoint=False)
-        artifact = self.store().open(ref)
+            yield Policy(self.model, ref.sha256, is_checkpoint=False)
+            return
         below = CHECKPOINT_FOLDER if with_optimizer else f"{CHECKPOINT_FOLDER}/huggingface"
-        folder = artifact.localize(self.home / "cache", below)
-        return Policy(folder / CHECKPOINT_FOLDER, ref.sha256, is_checkpoint=True)
+        with self.scratch() as folder:
+            local = self.open(ref).localize(folder, below)
+            yield Policy(local / CHECKPOINT_FOLDER, ref.sha256, is_checkpoint=True)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder on local disk that is gone afterwards."""
+        parent = self.home / "scratch"
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            yield Path(folder)
 
     def open(self, ref: ArtifactRef) -> Artifact:
         """A committed artifact of this run."""

@@ -5,9 +5,7 @@ K experts per token.
 """
 
 import json
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,15 +69,16 @@ def train_replayed(
     inputs = {"policy": policy, "rollout": rollout, "routes": routes}
     writer = run.store().begin("training", iteration, inputs, run.digest("training"))
     torch.manual_seed(run.seed("training", iteration))
-    held = run.policy(policy, with_optimizer=True)
-    engine.load(held.folder, held.sha256, held.is_checkpoint)
+    if engine.weights != policy.sha256:
+        with run.policy(policy, with_optimizer=True) as held:
+            engine.load(held.folder, held.sha256, held.is_checkpoint)
     batch, metrics = _prepare(engine, run, list(read_samples(run.open(rollout))), RouteArchive.open(run.open(routes)))
     steps = [_mini_step(engine, run.config, batch, step, progress) for step in range(run.config.training.mini_steps)]
     metrics |= _summarize(steps)
     _require_finite(metrics)
-    with tempfile.TemporaryDirectory(dir=_scratch(run)) as folder:
-        engine.save(Path(folder))
-        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+    with run.scratch() as folder:
+        engine.save(folder)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             writer.put_file(f"{CHECKPOINT_FOLDER}/{file.relative_to(folder).as_posix()}", file)
     writer.write_bytes("metrics.json", json.dumps({"mini_steps": steps}, sort_keys=True, indent=2).encode())
     ref = writer.commit(metrics=metrics, attributes={"method": run.config.method.label})
@@ -210,9 +209,3 @@ def _join(traces: list[RoutingTrace]) -> tuple[Tensor, Tensor]:
 
 def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
     return {f"{prefix}/{key}": value for key, value in metrics.items()}
-
-
-def _scratch(run: Run) -> Path:
-    folder = run.home / "scratch"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

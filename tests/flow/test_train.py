@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import time
 import urllib.request
@@ -113,10 +114,9 @@ def test_status_and_inspect_read_storage_alone(exact_run: tuple[Path, dict[str, 
 
 
 def test_verify_names_a_damaged_object(exact_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(exact_run[0], tmp_path / "exact")
-    damaged = next((tmp_path / "exact/iterations/00001/routes/routes/ids").rglob("c/**/0"))
+    chunks = (tmp_path / "exact/iterations/00001/routes/routes/ids/c").rglob("*")
+    damaged = next(path for path in chunks if path.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
 
     process = start("archive", "verify", "exact", f"--root={tmp_path.as_uri()}", "--json")

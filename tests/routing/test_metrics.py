@@ -1,0 +1,200 @@
+import ast
+import inspect
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_replay.routing.metrics import (
+    agreement_metrics,
+    extreme_fraction,
+    load_imbalance,
+    policy_health,
+    router_mismatch_metrics,
+    topk_agreement,
+)
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "methods.md"
+
+
+def routes(num_tokens: int, num_layers: int, num_experts: int, top_k: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_tokens, num_layers, num_experts, generator=generator).topk(top_k).indices
+
+
+@st.composite
+def pairs(draw):
+    """Two routes of the same tokens through the same model."""
+    num_experts = draw(st.integers(1, 12))
+    shape = (draw(st.integers(1, 6)), draw(st.integers(1, 3)), num_experts, draw(st.integers(1, num_experts)))
+    return routes(*shape, draw(st.integers(0, 99))), routes(*shape, draw(st.integers(0, 99)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs())
+def test_agreement_is_the_share_of_common_experts_of_each_token_and_layer(pair):
+    one, other = pair
+    expected = [
+        [len(set(a.tolist()) & set(b.tolist())) / len(a) for a, b in zip(*layers, strict=True)]
+        for layers in zip(one, other, strict=True)
+    ]
+    assert torch.allclose(topk_agreement(one, other), torch.tensor(expected))
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs(), st.randoms(use_true_random=False))
+def test_agreement_does_not_depend_on_the_order_of_experts(pair, random):
+    one, other = pair
+    order = list(range(one.shape[-1]))
+    random.shuffle(order)
+    assert torch.equal(topk_agreement(one[..., order], other), topk_agreement(one, other))
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs())
+def test_deviations_are_a_histogram_whose_first_bin_is_full_agreement(pair):
+    found = agreement_metrics(*pair)
+    shares = [found[f"deviation_{bin}"] for bin in ("0", "1", "2", "3plus")]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] == pytest.approx(1 - router_mismatch_metrics(*pair)["router_fraction"])
+    missed = 1 - found["agreement"]
+    assert sum(number * share for number, share in enumerate(shares)) / pair[0].shape[-1] <= missed + 1e-6
+
+
+def test_three_and_more_wrong_experts_share_a_bin():
+    replayed = torch.tensor([[[0, 1, 2, 3, 4]]] * 4)
+    live = torch.tensor([[[4, 3, 2, 1, 0]], [[0, 1, 2, 3, 9]], [[0, 1, 9, 8, 7]], [[9, 8, 7, 6, 5]]])
+    found = agreement_metrics(replayed, live)
+    assert found == {
+        "agreement": pytest.approx((5 + 4 + 2 + 0) / 20),
+        "deviation_0": 0.25,
+        "deviation_1": 0.25,
+        "deviation_2": 0.0,
+        "deviation_3plus": 0.5,
+    }
+
+
+def test_router_mismatch_counts_layers_tokens_and_layers_per_token():
+    rollout = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[0, 1], [2, 3]]])
+    trainer = torch.tensor([[[1, 0], [3, 2]], [[0, 1], [2, 4]], [[0, 5], [5, 4]]])
+    assert router_mismatch_metrics(rollout, trainer) == {
+        "router_fraction": pytest.approx(3 / 6),
+        "token_fraction": pytest.approx(2 / 3),
+        "routers_per_token": pytest.approx(1.0),
+    }
+
+
+def test_without_tokens_nothing_is_claimed():
+    nothing = torch.zeros(0, 2, 2, dtype=torch.int64)
+    assert agreement_metrics(nothing, nothing) == {}
+    assert router_mismatch_metrics(nothing, nothing) == {}
+    assert load_imbalance(nothing, 4) == 1.0
+
+
+def test_a_token_is_extreme_when_its_ratio_passes_two_either_way():
+    rollout = torch.zeros(1, 5)
+    train = torch.tensor([[math.log(1.9), math.log(2.1), -math.log(1.9), -math.log(2.1), 9.0]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    assert extreme_fraction(train, rollout, mask) == 0.5
+
+
+def test_an_empty_mask_has_no_extreme_token():
+    assert extreme_fraction(torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool)) == 0.0
+
+
+def test_load_is_compared_with_the_mean_over_all_experts_of_each_layer():
+    even = torch.tensor([[[0, 1], [0, 1]], [[2, 3], [2, 3]]])
+    assert load_imbalance(even, 4) == 1.0
+    one_layer_collapsed = torch.tensor([[[0, 1], [0, 1]], [[2, 3], [0, 1]]])
+    assert load_imbalance(one_layer_collapsed, 4) == pytest.approx((1 + 2) / 2)
+
+
+def test_load_counts_ids_as_narrow_as_they_are_stored():
+    ids = torch.full((300, 1, 1), 255, dtype=torch.uint8)
+    assert load_imbalance(ids, 256) == 256
+
+
+def health(ratios, advantages, mask=None, whole_sequences=False):
+    log_probs = torch.tensor(ratios).log()
+    mask = torch.ones(log_probs.shape, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    old = torch.full(log_probs.shape, -1.0)
+    return policy_health(log_probs - 1.0, old, torch.tensor(advantages), mask, (0.2, 0.28), whole_sequences)
+
+
+def test_clipping_counts_only_tokens_whose_gradient_it_cuts():
+    found = health([[0.5, 0.5, 1.5, 1.5]], [[-1.0, 1.0, 1.0, -1.0]])
+    assert (found["clip_low"], found["clip_high"]) == (0.25, 0.25)
+
+
+def test_padding_takes_no_part_in_policy_health():
+    found = health([[1.0, 1.1], [9.0, 9.0]], [[1.0, 1.0], [1.0, 1.0]], [[True, True], [False, False]])
+    assert found["clip_high"] == 0
+    assert found["ratio_max"] == pytest.approx(1.1)
+    assert found["kl_old"] == pytest.approx(-math.log(1.1) / 2)
+
+
+def test_whole_sequences_are_clipped_by_their_geometric_mean():
+    tokens, mask = [[4.0, 1.0, 7.0]], [[True, True, False]]
+    assert health(tokens, [[1.0, 1.0, 1.0]], mask)["clip_high"] == 0.5
+    found = health(tokens, [[1.0, 1.0, 1.0]], mask, whole_sequences=True)
+    assert found["ratio_max"] == pytest.approx(2.0)
+    assert found["clip_high"] == 1.0
+
+
+def test_policy_health_agrees_with_verls_clip_fraction():
+    from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+    from verl.workers.config import FSDPActorConfig
+
+    generator = torch.Generator().manual_seed(0)
+    old, new, advantages = (torch.randn(4, 6, generator=generator) * scale for scale in (0.1, 0.4, 1.0))
+    mask = torch.rand(4, 6, generator=generator) > 0.2
+    config = FSDPActorConfig(
+        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=4, clip_ratio_low=0.2, clip_ratio_high=0.28
+    )
+    _, seen = compute_policy_loss_vanilla(old, new, advantages, mask.float(), config=config)
+    found = policy_health(new, old, advantages, mask, (0.2, 0.28), whole_sequences=False)
+    assert found["clip_low"] + found["clip_high"] == pytest.approx(float(seen["actor/pg_clipfrac"]))
+    assert found["kl_old"] == pytest.approx(float(seen["actor/ppo_kl"]), abs=1e-6)
+
+
+def test_every_metric_that_stages_log_is_documented_and_no_other():
+    assert documented_keys() == logged_keys()
+
+
+def documented_keys() -> set[str]:
+    """Keys in the first column of the document's tables, `{name}` written `*`."""
+    keys = re.findall(r"^\| `([a-z0-9_]+/[^`]+)` \|", DOCUMENT.read_text(), re.MULTILINE)
+    return {re.sub(r"\{.*?\}", "*", key) for key in keys}
+
+
+def logged_keys() -> set[str]:
+    """Metric keys in the code of the stages: whole literals, and those that `_prefixed` puts together."""
+    from moe_replay.stages import evaluation, results, rollout, training
+
+    pair = torch.zeros(1, 1, 1, dtype=torch.int64)
+    made = {
+        "health": policy_health(*[torch.ones(1, 1)] * 3, torch.ones(1, 1, dtype=torch.bool), (0.2, 0.2), False),
+        "agreement_metrics": agreement_metrics(pair, pair),
+        "router_mismatch_metrics": router_mismatch_metrics(pair, pair),
+    }
+    keys = set()
+    for stage in (evaluation, results, rollout, training):
+        for node in ast.walk(ast.parse(inspect.getsource(stage))):
+            text = re.sub(r"\{.*?\}", "*", ast.unparse(node).removeprefix("f")[1:-1]) if _is_text(node) else ""
+            if re.fullmatch(r"(mismatch|routing|policy|reward|response|eval|archive|time)/[a-z0-9_/*]+", text):
+                keys.add(text)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "_prefixed":
+                prefix, metrics = node.args
+                parts = metrics.keys if isinstance(metrics, ast.Dict) else []
+                names = [ast.literal_eval(part) for part in parts if part is not None]
+                names += [name for source, found in made.items() if source in ast.unparse(metrics) for name in found]
+                keys |= {f"{ast.literal_eval(prefix)}/{name}" for name in names}
+    return keys
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))

@@ -1,0 +1,214 @@
+import re
+from pathlib import Path
+from types import UnionType
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_replay.config import Config, RunConfig, load_config, parse_config, parse_override, run_root
+from moe_replay.errors import ConfigError
+from moe_replay.methods import PRESETS, Method
+from moe_replay.stages.run import STAGE_SECTIONS
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+SECTIONS = sorted(RunConfig.model_fields)
+
+plain_values = st.one_of(
+    st.booleans(),
+    st.integers(-(2**53), 2**53),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20),
+)
+
+
+def as_toml(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
+
+
+def models_in(annotation) -> list[type]:
+    """Config models that a field holds."""
+    parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return [part for part in parts if isinstance(part, type) and issubclass(part, (Config, Method))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_parses(path):
+    load_config(path)
+
+
+def test_the_embedded_config_is_the_default_one():
+    assert load_config(next(path for path in CONFIGS if path.stem == "embedded")) == RunConfig()
+
+
+def test_every_key_is_documented():
+    undocumented, pending = [], [("", RunConfig)]
+    while pending:
+        prefix, model = pending.pop()
+        for name, field in model.model_fields.items():
+            inner = models_in(field.annotation)
+            pending += [(f"{prefix}{name}.", part) for part in inner]
+            if not field.description and not all(part.__doc__ for part in inner or [object()]):
+                undocumented.append(prefix + name)
+    assert undocumented == []
+
+
+@given(plain_values)
+def test_an_override_keeps_a_toml_values_type(value):
+    key, read = parse_override(f"a.b={as_toml(value)}")
+    assert (key, read, type(read)) == ("a.b", value, type(value))
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a=b", "allenai/OLMoE-1B-7B-0924", "~/data/a.parquet", "r3", "1.2.3", ""])
+def test_an_override_that_is_no_toml_is_text(text):
+    assert parse_override(f"model.path={text}") == ("model.path", text)
+
+
+@pytest.mark.parametrize("text", ["rollout.prompts", "=3", ""])
+def test_an_override_without_key_or_value_is_refused(text):
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_override(text)
+
+
+def test_overrides_lie_over_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("iterations = 7\n[rollout]\nprompts = 16\nresponses = 4\n")
+    config = load_config(path, {"rollout.prompts": 8, "seed": 3})
+    assert (config.iterations, config.seed) == (7, 3)
+    assert (config.rollout.prompts, config.rollout.responses) == (8, 4)
+
+
+def test_a_key_of_a_preset_is_overridden_though_the_file_has_its_name_alone(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('method = "grpo"\n')
+    method = load_config(path, {"method.clip_high": 0.3}).method
+    assert method == Method.model_validate(PRESETS["grpo"] | {"name": "grpo", "clip_high": 0.3})
+
+
+def test_a_key_of_the_default_method_is_overridden_without_naming_the_method():
+    assert load_config(None, {"method.importance_threshold": 2.0}).method.label == "r3+importance_threshold=2.0"
+
+
+def test_a_key_below_a_value_is_refused():
+    with pytest.raises(ConfigError, match=r"--set seed\.of\.what: 'of' holds the value 3"):
+        load_config(None, {"seed.of": 3, "seed.of.what": 4})
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"rollout": {"prompt": 3}}, "unknown config key 'rollout.prompt': did you mean 'prompts'?"),
+        ({"iteration": 3}, "unknown config key 'iteration': did you mean 'iterations'?"),
+        ({"training": {"mini_step": 3}}, "unknown config key 'training.mini_step': did you mean 'mini_steps'?"),
+        ({"method": {"name": "r3", "clip": 1}}, "unknown config key 'method.clip'"),
+        ({"storage": {"bucket": "b"}}, "unknown config key 'storage.bucket': known here: root, chunk_tokens"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(document, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        parse_config(document)
+
+
+@given(st.sampled_from(SECTIONS), st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
+def test_no_key_outside_the_schema_is_accepted(section, key):
+    with pytest.raises(ConfigError):
+        parse_config({section: {f"{key}_x": 1}})
+
+
+def test_every_wrong_key_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"iterations": 0, "seed": -1, "model": {"pth": "x"}})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@given(st.integers(1, 12), st.integers(2, 12), st.integers(1, 20))
+def test_mini_steps_must_divide_the_rollout_batch(prompts, responses, mini_steps):
+    document = {"rollout": {"prompts": prompts, "responses": responses}, "training": {"mini_steps": mini_steps}}
+    if prompts * responses % mini_steps == 0:
+        assert parse_config(document).training.mini_steps == mini_steps
+    else:
+        with pytest.raises(ConfigError, match=f"{mini_steps} does not divide .* = {prompts * responses} sequences"):
+            parse_config(document)
+
+
+def test_a_micro_batch_must_hold_the_longest_sequence():
+    with pytest.raises(ConfigError, match="holds no sequence"):
+        parse_config({"training": {"micro_batch_tokens": 39}})
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_setting_is_a_finite_number(value):
+    with pytest.raises(ConfigError, match=r"training\.learning_rate"):
+        load_config(None, dict([parse_override(f"training.learning_rate={value}")]))
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown method 'r4': known are grpo, gspo, tis, r2, r3"):
+        parse_config({"method": "r4"})
+
+
+@pytest.mark.parametrize("base", ["r2", "r3"])
+@pytest.mark.parametrize("changes", [{"policy_loss": "gspo"}, {"importance_threshold": 2.0}])
+def test_replay_combines_with_other_losses_and_corrections(base, changes):
+    method = parse_config({"method": {"name": base, **changes}}).method
+    assert method.route_source == PRESETS[base]["route_source"]
+    assert method.label == base + "".join(f"+{key}={value}" for key, value in changes.items())
+
+
+def test_a_method_of_ones_own_needs_every_field():
+    own = PRESETS["gspo"] | {"name": "mine", "route_source": "rollout"}
+    assert parse_config({"method": own}).method.label == "mine"
+    with pytest.raises(ConfigError, match=r"method\.clip_low: Field required"):
+        parse_config({"method": {key: value for key, value in own.items() if key != "clip_low"}})
+
+
+def test_a_root_with_a_password_is_refused_without_telling_it():
+    with pytest.raises(ConfigError, match="credentials in the environment") as caught:
+        parse_config({"storage": {"root": "ftp://me:secret-word@host/runs"}})
+    assert "secret-word" not in str(caught.value)
+
+
+def test_the_root_defaults_to_a_folder_below_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_REPLAY_HOME", str(tmp_path))
+    assert run_root(RunConfig()) == (tmp_path / "runs").as_uri()
+    assert run_root(load_config(None, {"storage.root": "s3://bucket/runs"})) == "s3://bucket/runs"
+
+
+@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+@pytest.mark.parametrize(
+    "change",
+    [{"storage.root": "s3://elsewhere"}, {"iterations": 50}, {"stages.retries": 9}, {"tracking.experiment": "other"}],
+    ids=str,
+)
+def test_what_a_stage_makes_does_not_depend_on_where_how_long_or_how_it_is_tracked(stage, change):
+    assert load_config(None, change).digest(*STAGE_SECTIONS[stage]) == RunConfig().digest(*STAGE_SECTIONS[stage])
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({"seed": 1}, {"rollout", "training", "evaluation"}),
+        ({"method": "r2"}, {"training"}),
+        ({"training.learning_rate": 1e-5}, {"training"}),
+        ({"evaluation.samples": 2}, {"evaluation"}),
+        ({"storage.chunk_tokens": 64}, {"routes"}),
+        ({"rollout.temperature": 0.7}, {"rollout", "training", "evaluation"}),
+    ],
+    ids=str,
+)
+def test_a_setting_changes_the_digest_of_the_stages_that_use_it(change, stages):
+    changed = load_config(None, change)
+    different = {
+        stage for stage, parts in STAGE_SECTIONS.items() if changed.digest(*parts) != RunConfig().digest(*parts)
+    }
+    assert different == stages
+
+
+def test_a_config_is_read_back_from_run_json_as_it_was():
+    config = load_config(None, {"method": "gspo", "training.adam_betas": [0.9, 0.95]})
+    assert parse_config(config.model_dump(mode="json")) == config
