@@ -5,6 +5,7 @@ sampling can't be repeated.
 """
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -108,10 +109,16 @@ def _to_row(sample: Sample) -> dict:
 
 
 def _from_row(row: dict, origin: RouteOrigin) -> Sample:
-    ids = np.frombuffer(row.pop("routed_experts"), dtype=route_dtype(origin.num_experts))
+    routed, dtype = row.pop("routed_experts"), np.dtype(route_dtype(origin.num_experts))
     valid_T = np.frombuffer(row.pop("routed"), dtype=np.bool_)
     expected = row.pop("token_digest")
-    ids_TLK = ids.reshape(len(valid_T), len(origin.layers), origin.top_k)
+    shape = (len(valid_T), len(origin.layers), origin.top_k)
+    if len(routed) != math.prod(shape) * dtype.itemsize:
+        raise RoutingMismatch(
+            f"sequence {row['sequence_id']} has {len(routed)} bytes of routes, {dtype} of shape {shape} takes "
+            f"{math.prod(shape) * dtype.itemsize}; they are of another model: run the rollout again"
+        )
+    ids_TLK = np.frombuffer(routed, dtype=dtype).reshape(shape)
     trace = RoutingTrace(ids_TLK, valid_T, origin.num_experts, origin.layers)
     sample = Sample(**row, trace=trace)
     if sample.token_digest != expected:
