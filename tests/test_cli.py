@@ -168,10 +168,10 @@ def test_a_parquet_file_without_verls_columns_is_refused(refused, tmp_path):
 
 def test_a_run_id_that_exists_with_another_config_is_refused(refused, run, tmp_path):
     config = run.model.parent / "run.toml"
-    before = sorted(path for path in Path(run.root).rglob("*"))
+    before = sorted(Path(run.root).rglob("*"))
     message = refused("run", config, "--run-id", "run-1", "--method", "grpo")
     assert "run run-1 exists with another config: method.name ('r3' -> 'grpo')" in message
-    assert sorted(path for path in Path(run.root).rglob("*")) == before
+    assert sorted(Path(run.root).rglob("*")) == before
 
 
 def test_a_root_that_cant_be_written_is_refused(refused, tmp_path):
@@ -198,7 +198,9 @@ def s3_environment(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("words", [["run"], ["status", "run-1"], ["archive", "verify", "run-1", "--json"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["run"], ["status", "run-1"], ["archive", "verify", "run-1", "--json"]], ids=" ".join
+)
 def test_storage_that_does_not_answer_is_told_without_credentials(refused, tmp_path, words):
     secrets = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": SECRET}
     message = refused(*words, "--root", "s3://bucket/runs", code=1, **s3_environment(tmp_path), **secrets)
@@ -222,9 +224,7 @@ def test_a_password_in_the_root_is_refused_and_never_printed(refused, words):
     assert SECRET not in message
 
 
-@pytest.mark.parametrize(
-    "words", [["status"], ["resume"], ["archive", "inspect"], ["archive", "verify"]], ids=" ".join
-)
+@pytest.mark.parametrize("words", [["status"], ["resume"], ["archive", "inspect"], ["archive", "verify"]], ids=" ".join)
 def test_a_run_that_does_not_exist_is_told(refused, words):
     assert "there is no run nothing under" in refused(*words, "nothing")
     assert "there is no run nothing under" in refused(*words, "nothing", "--json")

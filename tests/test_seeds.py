@@ -37,5 +37,3 @@ def test_different_purposes_get_different_seeds():
         for row in range(25)
     ]
     assert len(set(seeds)) == len(seeds)
-
-

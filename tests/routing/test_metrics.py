@@ -3,6 +3,7 @@ import inspect
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,8 @@ def test_policy_health_agrees_with_verls_clip_fraction(monkeypatch):
     config = FSDPActorConfig(
         strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=4, clip_ratio_low=0.2, clip_ratio_high=0.28
     )
-    _, seen = compute_policy_loss_vanilla(old, new, advantages, mask.float(), config=config)
+    policy_loss: Any = compute_policy_loss_vanilla  # its decorator hides its parameters
+    _, seen = policy_loss(old, new, advantages, mask.float(), config=config)
     found = policy_health(new, old, advantages, mask, (0.2, 0.28), whole_sequences=False)
     assert found["clip_low"] + found["clip_high"] == pytest.approx(float(seen["actor/pg_clipfrac"]))
     assert found["kl_old"] == pytest.approx(float(seen["actor/ppo_kl"]), abs=1e-6)
@@ -176,9 +178,9 @@ def logged_keys() -> set[str]:
     """Metric keys in the code of the stages: whole literals, and those that `_prefixed` puts together."""
     from moe_replay.stages import evaluation, results, rollout, training
 
-    pair = torch.zeros(1, 1, 1, dtype=torch.int64)
+    pair, one = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1)
     made = {
-        "health": policy_health(*[torch.ones(1, 1)] * 3, torch.ones(1, 1, dtype=torch.bool), (0.2, 0.2), False),
+        "health": policy_health(one, one, one, one.bool(), (0.2, 0.2), whole_sequences=False),
         "agreement_metrics": agreement_metrics(pair, pair),
         "router_mismatch_metrics": router_mismatch_metrics(pair, pair),
     }

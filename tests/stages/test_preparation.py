@@ -152,7 +152,7 @@ def test_a_root_that_cant_be_written_is_refused(config, tmp_path):
 def test_a_home_that_cant_be_made_is_refused(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOE_REPLAY_HOME", str(tmp_path / "file" / "home"))
-    with pytest.raises(ConfigError, match="MOE_REPLAY_HOME .* can't be made"):
+    with pytest.raises(ConfigError, match=r"MOE_REPLAY_HOME .* can't be made"):
         preflight(config, "run-1")
 
 

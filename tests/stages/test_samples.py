@@ -63,7 +63,7 @@ def batches(draw):
     num_experts = draw(st.sampled_from([1, 8, 256, 257, 1024]))
     top_k = draw(st.integers(1, min(8, num_experts)))
     texts = draw(st.lists(st.tuples(token_lists, token_lists), max_size=5))
-    made = [make_sample(number, *text, num_experts, top_k) for number, text in enumerate(texts)]
+    made = [make_sample(n, prompt, response, num_experts, top_k) for n, (prompt, response) in enumerate(texts)]
     return origin_of(num_experts, top_k), made
 
 
