@@ -19,7 +19,7 @@ from moe_replay.archive.layout import STAGES
 from moe_replay.archive.routes import RouteArchive, verify_routes
 from moe_replay.config import RunConfig, load_config, parse_config, parse_override, run_root
 from moe_replay.environment import make_home, set_defaults
-from moe_replay.errors import ConfigError, ReplayError
+from moe_replay.errors import ConfigError, EngineLost, ReplayError
 
 app = App(name="moe-replay", help="Reinforcement learning for Mixture-of-Experts models with routing replay.")
 archive = App(name="archive", help="Look at the routing archive of a run.")
@@ -218,7 +218,14 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
         from flows.train import train
 
         with listening(display.on_progress), hearing_results(display.on_result):
-            done = train(config, run_id)
+            try:
+                done = train(config, run_id)
+            except TimeoutError as error:
+                limit = config.stages.timeout_seconds
+                raise EngineLost(
+                    f"a stage took longer than stages.timeout_seconds = {limit:g} in each of "
+                    f"{config.stages.retries + 1} attempts; raise the limit, then: moe-replay resume {run_id}"
+                ) from error
     store = RunStore(done["root"], run_id)
     if as_json:
         from moe_replay.stages.results import iteration_metrics

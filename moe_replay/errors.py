@@ -22,6 +22,10 @@ class ArchiveCorrupt(ReplayError, ValueError):
     """Permanent: a stored object is missing, truncated, altered or of another run."""
 
 
+class EngineFailed(ReplayError, RuntimeError):
+    """Permanent: an engine raised an error of its own; its log has the traceback."""
+
+
 class EngineLost(ReplayError, RuntimeError):
     """Transient: an engine process died; a fresh engine may succeed."""
 

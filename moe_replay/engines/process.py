@@ -19,7 +19,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from moe_replay.errors import EngineLost, ReplayError
+from moe_replay.errors import EngineFailed, EngineLost, ReplayError
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) while a stage works."""
@@ -72,7 +72,8 @@ class EngineProcess:
         Raises:
             EngineLost: the process died; its log says why. Or a call before this one was broken off by an exception
                 of `progress` or from outside: the engine is still at that work, and its next answer belongs to it.
-            Exception: what the function, or the building of the engine, raised.
+            ReplayError: what the function, or the building of the engine, raised of ours.
+            EngineFailed: what it raised besides.
         """
         if self._broken_off and self._process.is_alive():
             raise EngineLost(
@@ -91,6 +92,8 @@ class EngineProcess:
                 self._idle = True
                 if kind == "error":
                     raise payload
+                if kind == "failure":
+                    raise EngineFailed(f"the {self.name} engine failed: {payload}; the traceback is in {self.log}")
                 return payload
         except (EOFError, ConnectionResetError) as error:
             raise self._lost() from error
@@ -153,10 +156,9 @@ def _answer_error(connection: Connection, error: BaseException) -> None:
     """Send the error itself where it is one of ours, else its text: an engine's own errors need not unpickle."""
     traceback.print_exc()
     sys.stderr.flush()
-    if not isinstance(error, ReplayError):
-        error = RuntimeError("".join(traceback.format_exception_only(error)).strip())
+    text = "".join(traceback.format_exception_only(error)).strip()
     with contextlib.suppress(OSError):
-        connection.send(("error", error))
+        connection.send(("error", error) if isinstance(error, ReplayError) else ("failure", text))
 
 
 def _write_to(log: Path) -> None:

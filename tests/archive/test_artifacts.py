@@ -149,7 +149,17 @@ def test_swapped_objects_are_found(local_store, tmp_path):
     with pytest.raises(ArchiveCorrupt, match=r"object .*/a was altered: expected sha256 .*, found"):
         local_store.open(ref).read_bytes("a")
     with pytest.raises(ArchiveCorrupt, match="altered"):
-        local_store.find("evaluation", 0, {}, "d")
+        local_store.open(ref).localize(tmp_path)
+
+
+def test_a_commit_with_a_missing_or_truncated_object_is_not_found_silently(local_store, tmp_path):
+    ref = commit_scores(local_store)
+    stored = local_store.open(ref).commit.objects[0]
+    path = tmp_path / "run-1" / ref.uri / stored.path
+    for damage in (path.read_bytes()[:-1], None):
+        path.unlink() if damage is None else path.write_bytes(damage)
+        with pytest.raises(ArchiveCorrupt, match=stored.path):
+            local_store.find("evaluation", 0, {}, "d")
 
 
 def test_every_flipped_byte_of_a_commit_is_found_without_a_reference(local_store, tmp_path):
@@ -296,9 +306,9 @@ def test_opening_a_run_creates_nothing(tmp_path):
 
 
 def test_a_run_is_created_once_and_accepts_the_same_document(store):
-    store.create_run({"config": {"lr": 1e-4}, "seed": 1})
-    store.create_run({"seed": 1, "config": {"lr": 1e-4}})
-    assert store.read_run() == {"config": {"lr": 1e-4}, "seed": 1}
+    store.create_run({"config": {"lr": 1e-4}, "seed": 1}, about={"versions": {"verl": "1"}})
+    store.create_run({"seed": 1, "config": {"lr": 1e-4}}, about={"versions": {"verl": "2"}})
+    assert store.read_run() == {"config": {"lr": 1e-4}, "seed": 1, "about": {"versions": {"verl": "1"}}}
 
 
 def test_a_run_with_another_document_is_refused_by_key(store):
