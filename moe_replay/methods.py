@@ -7,7 +7,9 @@ can be overridden, and a name of your own with all fields given is a method too.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PositiveFloat, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 RouteSource = Literal["none", "old_log_prob", "rollout"]
 PolicyLoss = Literal["vanilla", "gspo", "sapo", "geo_mean", "cispo"]
@@ -74,6 +76,12 @@ class Method(BaseModel):
         if isinstance(given, dict):
             return {**PRESETS.get(str(given.get("name")), {}), **given}
         return given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """A preset's name is enough, alone or in a table; Prefect checks a deployment's parameters by this schema."""
+        table = {**handler(schema), "required": ["name"]}
+        return {"anyOf": [{"type": "string", "enum": list(PRESETS), "title": "Preset"}, table]}
 
     @property
     def label(self) -> str:

@@ -212,3 +212,15 @@ def test_a_setting_changes_the_digest_of_the_stages_that_use_it(change, stages):
 def test_a_config_is_read_back_from_run_json_as_it_was():
     config = load_config(None, {"method": "gspo", "training.adam_betas": [0.9, 0.95]})
     assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_a_deployments_parameters_may_name_a_preset_or_give_a_table() -> None:
+    from prefect.utilities.schema_tools.validation import ValidationError, validate
+
+    from flows.train import train
+
+    schema = train.parameters.model_dump()
+    for method in ("grpo", {"name": "r3", "policy_loss": "gspo"}):
+        validate({"config": {"method": method}}, schema, raise_on_error=True)
+    with pytest.raises(ValidationError):
+        validate({"config": {"method": "r4"}}, schema, raise_on_error=True)
