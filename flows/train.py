@@ -13,7 +13,7 @@ from tasks.stages import archive_routes, configured, evaluate_policy, generate_r
 from tasks.tracking import close_tracking, open_tracking, track_iteration
 
 
-@flow(name="train", flow_run_name="train-{run_id}", log_prints=False)
+@flow(name="train", flow_run_name="train-{run_id}", persist_result=False)
 def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[str, str]:  # noqa: B008 (frozen)
     """Train a Mixture-of-Experts policy with routing replay.
 
@@ -39,7 +39,7 @@ def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[st
     return {"run_id": run.run_id, "root": run.root, "mlflow_run_id": tracked}
 
 
-@flow(name="iteration", flow_run_name="{run.run_id}-{n}")
+@flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)
 def iterate(run: Run, n: int, policy: ArtifactRef, tracked: str) -> tuple[ArtifactRef, dict[str, float]]:
     """Roll out, archive the routes, train under them, evaluate. Returns the next policy and the metrics."""
     stages = run.config.stages

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -46,7 +47,6 @@ def main() -> None:
         _err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        _err.print("stopped; what is committed stays: moe-replay resume RUN goes on from there", highlight=False)
         sys.exit(130)
 
 
@@ -220,6 +220,9 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
         with listening(display.on_progress), hearing_results(display.on_result):
             try:
                 done = train(config, run_id)
+            except KeyboardInterrupt:
+                _err.print(f"stopped; what is committed stays: {_command()} resume {run_id}", highlight=False)
+                sys.exit(130)
             except TimeoutError as error:
                 limit = config.stages.timeout_seconds
                 raise EngineLost(
@@ -235,12 +238,18 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
     named = f"{run_id} --root {config.storage.root}" if config.storage.root else run_id
     _out.print(
         f"\nrun       {run_id}\nartifacts {store.name}\nMLflow    run {done['mlflow_run_id']}\n"
-        f"\nnext:  moe-replay status {named}\n       moe-replay archive inspect {named}\n"
-        "       moe-replay ui          (MLflow and Prefect in the browser)",
+        f"\nnext:  {_command()} status {named}\n       {_command()} archive inspect {named}\n"
+        f"       {_command()} ui          (MLflow and Prefect in the browser)",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+
+
+def _command() -> str:
+    """How this command is called here: by its name where that is on the PATH, else by its path."""
+    called = Path(sys.argv[0])
+    return called.name if shutil.which(called.name) == str(called.absolute()) else os.path.relpath(called)
 
 
 def _root(root: str | None) -> str:

@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import json
 import os
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -127,10 +126,15 @@ class StorageConfig(Config):
     """Tokens per chunk of the routing archive, the least that a partial read touches in one layer."""
 
     @model_validator(mode="after")
-    def _root_holds_no_password(self) -> "StorageConfig":
+    def _root_holds_no_credentials(self) -> "StorageConfig":
         # The root is logged, tracked and printed. A validator of the whole section leaves the value out of the error.
-        if self.root and re.search(r"//[^/@]*:[^/@]*@", self.root):
-            raise ValueError("root holds a password; give credentials in the environment (AWS_ACCESS_KEY_ID, ...)")
+        scheme, separator, rest = (self.root or "").partition("://")
+        names_a_container = scheme in ("abfs", "abfss", "az") and rest.count("@") == 1 and ":" not in rest.split("@")[0]
+        if separator and scheme != "file" and ("?" in rest or ("@" in rest and not names_a_container)):
+            raise ValueError(
+                "root holds '@' or '?', where URLs carry credentials; give those in the environment "
+                "(AWS_ACCESS_KEY_ID, ...) and the root without them"
+            )
         return self
 
 

@@ -32,6 +32,12 @@ class EngineLost(ReplayError, RuntimeError):
     transient = True
 
 
+class TrackingUnavailable(ReplayError, RuntimeError):
+    """Transient: MLflow did not answer; a later attempt may succeed."""
+
+    transient = True
+
+
 class StorageUnavailable(ReplayError, OSError):
     """Transient: object storage did not answer or cut the transfer; a later attempt may succeed."""
 

@@ -12,7 +12,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 RouteSource = Literal["none", "old_log_prob", "rollout"]
-PolicyLoss = Literal["vanilla", "gspo", "sapo", "geo_mean", "cispo"]
+PolicyLoss = Literal["vanilla", "gspo"]
+"""verl's losses whose normalisation over micro-batches and clip metrics are tested here."""
 LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
 _GRPO = {
@@ -60,7 +61,7 @@ class Method(BaseModel):
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: PositiveFloat
     """The ratio is clipped above at 1 + clip_high."""
-    importance_threshold: float | None = Field(gt=1.0)
+    importance_threshold: float | None = Field(default=None, gt=1.0)
     """C of truncated importance sampling, per token; none switches the correction off."""
 
     @model_validator(mode="before")
@@ -74,6 +75,8 @@ class Method(BaseModel):
                 )
             given = {"name": given}
         if isinstance(given, dict):
+            if given.get("importance_threshold") == "none":  # TOML has no null
+                given = {**given, "importance_threshold": None}
             return {**PRESETS.get(str(given.get("name")), {}), **given}
         return given
 

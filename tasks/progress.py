@@ -1,10 +1,12 @@
 """Progress of long work: to whoever listens in this process, and to Prefect as artifacts."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 Listener = Callable[[str, int, int, str], None]
@@ -25,12 +27,17 @@ def listening(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
+def artifact_key(*parts: str) -> str:
+    """A key that Prefect takes: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+
 class StageProgress:
     """Passes a stage's progress on; a Prefect artifact is made only for a stage long enough to be watched."""
 
-    def __init__(self, stage: str, iteration: int):
+    def __init__(self, run_id: str, stage: str, iteration: int):
         self._stage = stage
-        self._iteration = iteration
+        self._key = artifact_key(run_id, stage, str(iteration))
         self._next_report = time.monotonic() + _FIRST_REPORT_SECONDS
         self._artifact: UUID | None = None
 
@@ -43,11 +50,13 @@ class StageProgress:
             self._next_report = time.monotonic() + _REPORT_EVERY_SECONDS
 
     def _report(self, percent: float, description: str) -> None:
-        if self._artifact is None:
-            created = create_progress_artifact(
-                progress=percent, key=f"{self._stage}-{self._iteration}", description=description
-            )
-            assert isinstance(created, UUID)
-            self._artifact = created
-        else:
-            update_progress_artifact(self._artifact, progress=percent, description=description)
+        try:
+            if self._artifact is None:
+                created = create_progress_artifact(progress=percent, key=self._key, description=description)
+                assert isinstance(created, UUID)
+                self._artifact = created
+            else:
+                update_progress_artifact(self._artifact, progress=percent, description=description)
+        except Exception as error:
+            # A server that does not answer for a moment must not cost an hour of rollout.
+            get_run_logger().warning("progress could not be reported (%s)", type(error).__name__)

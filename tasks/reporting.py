@@ -1,6 +1,5 @@
 """Results as they come: to whoever listens in this process, to the log, and as a table to the Prefect UI."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.stages.run import Run
+from tasks.progress import artifact_key
 
 ResultListener = Callable[[int, dict[str, float]], None]
 """Called with (iteration, its metrics)."""
@@ -43,5 +43,8 @@ def report_results(run: Run, results: list[dict[str, float]]) -> None:
     told = ", ".join(f"{name} {value:.4g}" for name, value in headlines(results[newest]).items())
     get_run_logger().info("iteration %d: %s", newest, told)
     rows = [{"iteration": n, **headlines(result)} for n, result in enumerate(results)]
-    key = "results-" + re.sub(r"[^a-z0-9]+", "-", run.run_id.lower()).strip("-")
-    create_table_artifact(table=rows, key=key, description=f"Run `{run.run_id}`, method {run.config.method.label}")
+    description = f"Run `{run.run_id}`, method {run.config.method.label}"
+    try:
+        create_table_artifact(table=rows, key=artifact_key("results", run.run_id), description=description)
+    except Exception as error:
+        get_run_logger().warning("the table of results could not be refreshed (%s)", type(error).__name__)

@@ -64,7 +64,7 @@ def _on_engine(
 
     def work() -> ArtifactRef:
         process = pool.rollout() if engine == "rollout" else pool.training()
-        progress = StageProgress(stage, iteration)
+        progress = StageProgress(run.run_id, stage, iteration)
         try:
             return process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
         except BaseException:

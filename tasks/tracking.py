@@ -5,13 +5,16 @@ resumed run finds what is there and adds only what is missing.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.config import RunConfig
+from moe_replay.errors import TrackingUnavailable
 from moe_replay.preparation import package_versions
 from moe_replay.stages.results import iteration_metrics
 from moe_replay.stages.run import Run
@@ -20,8 +23,27 @@ from tasks.retry import is_transient
 RUN_KEY = "moe_replay.run"
 """Tag by which a training run finds its MLflow run again."""
 _ITERATIONS = "moe_replay.iterations_logged"
+_SETTINGS_LOGGED = "moe_replay.settings_logged"
+_PERMANENT = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_DOES_NOT_EXIST"}
 _SHOWN_AS_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's UI open the experiment with charts of training runs, not with those of language model applications."""
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise what MLflow and its database raise as TrackingUnavailable where another attempt may succeed."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        yield
+    except (RequestException, OperationalError) as error:
+        raise TrackingUnavailable(f"MLflow did not answer ({type(error).__name__}); try again") from error
+    except MlflowException as error:
+        if error.error_code in _PERMANENT:
+            raise
+        raise TrackingUnavailable(f"MLflow could not serve the request ({error.error_code}); try again") from error
 
 
 def tracking_uri(home: Path) -> str:
@@ -30,17 +52,20 @@ def tracking_uri(home: Path) -> str:
 
 
 @task(name="open tracking", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=is_transient)
+@_translated()
 def open_tracking(run: Run) -> str:
     """The id of the training run's MLflow run, which is created the first time and continued after."""
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
     client = _client(run)
     experiment_id = _experiment(client, run)
-    key = f"{run.store().name}"
+    key = _key(run)
     found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
+        if _SETTINGS_LOGGED not in found[0].data.tags:
+            _log_settings(client, run_id, run.config)
         return run_id
     config = run.config
     tags = {
@@ -51,14 +76,22 @@ def open_tracking(run: Run) -> str:
         "kappa": str(config.training.mini_steps),
         "seed": str(config.seed),
         _ITERATIONS: "0",
-        MLFLOW_RUN_NOTE: f"Artifacts of this run: `{key}`. Look with `moe-replay status {run.run_id}`.",
+        MLFLOW_RUN_NOTE: f"Artifacts of this run: `{run.store().name}`. Look with `moe-replay status {run.run_id}`.",
     }
     run_id = client.create_run(experiment_id, run_name=run.run_id, tags=tags).info.run_id
     _log_settings(client, run_id, config)
     return run_id
 
 
-@task(name="track", task_run_name="track-{iteration}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+@task(
+    name="track",
+    task_run_name="track-{iteration}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=is_transient,
+)
+@_translated()
 def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, float]:
     """Log an iteration's metrics as one step, unless they are there already, and return them."""
     from mlflow.entities import Metric, RunTag
@@ -78,8 +111,17 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
 
 @task(name="close tracking", cache_policy=NO_CACHE)
 def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
-    """Mark the MLflow run finished or failed."""
-    _client(run).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
+    """Mark the MLflow run finished or failed; what MLflow raises is only logged, the run itself has ended."""
+    try:
+        _client(run).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
+    except Exception as error:
+        get_run_logger().warning("MLflow run %s could not be closed (%s)", mlflow_run_id, type(error).__name__)
+
+
+def _key(run: Run) -> str:
+    """Tells a run from one of the same name that was deleted: where it is, and when and by whom it was created."""
+    about = run.store().read_run().get("about", {})
+    return f"{run.store().name}#{about.get('created_as', '')}"
 
 
 def _milliseconds(run: Run, iteration: int) -> int:
@@ -117,6 +159,7 @@ def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
     versions = {f"version.{name}": number for name, number in package_versions().items()}
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in (settings | versions).items()])
     client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
+    client.set_tag(run_id, _SETTINGS_LOGGED, "true")
 
 
 def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -56,7 +56,7 @@ class RouteSummary(BaseModel):
     captured_rows: int
     missing_rows: int
     bytes: int
-    """All objects of the artifact, metadata included."""
+    """All objects of the artifact, metadata and commit included."""
     bytes_per_token: float
     """`bytes` over `tokens`; 0 for an empty archive."""
     provenance: RouteProvenance
@@ -168,7 +168,8 @@ class RouteArchive:
 
     def summary(self) -> RouteSummary:
         """Counts and sizes, without reading routes."""
-        size = self.artifact.commit.num_bytes
+        commit = self.artifact.commit
+        size = commit.num_bytes + len(commit.to_bytes())
         return RouteSummary(
             tokens=self.num_tokens,
             sequences=self.num_sequences,

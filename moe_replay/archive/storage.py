@@ -50,7 +50,7 @@ class Storage:
             raise ConfigError(
                 f"no file system serves {redacted(url)} ({type(error).__name__}); use a local path, file://, s3:// or "
                 "another fsspec URL whose package is installed"
-            ) from error
+            ) from None
         return cls(fs, base)
 
     def __truediv__(self, folder: str) -> "Storage":
@@ -171,10 +171,10 @@ def storage_errors(action: str, creating: bool = False) -> Iterator[None]:
         yield
     except ReplayError:
         raise
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         if not creating:
             raise
-        raise ConfigError(f"{action} failed: the bucket or folder does not exist; create it first") from error
+        raise ConfigError(f"{action} failed: the bucket or folder does not exist; create it first") from None
     except Exception as error:
         kind = _kind_of(error)
         if kind is None:
@@ -186,12 +186,13 @@ def storage_errors(action: str, creating: bool = False) -> Iterator[None]:
             if kind is StorageUnavailable
             else "check the root, the permissions on it and the credentials in the environment"
         )
-        raise kind(f"{action} failed ({reason}); {way_out}") from error
+        # Not even as a cause: Prefect and the engines' logs keep whole tracebacks.
+        raise kind(f"{action} failed ({reason}); {way_out}") from None
 
 
 def redacted(url: str) -> str:
     """`url` without a user name, password or query in it."""
-    return re.sub(r"\?.*$", "", re.sub(r"//[^/@]*@", "//", url))
+    return re.sub(r"\?.*$", "", re.sub(r"//.*@", "//", url))
 
 
 def _kind_of(error: Exception) -> type[ConfigError] | type[StorageUnavailable] | None:

@@ -49,6 +49,9 @@ class StageWriter:
         self._attempt = canonical_json({"attempt": uuid.uuid4().hex})
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
+        # Looked at right before it is cleared: what is committed meanwhile is never removed.
+        if COMMIT_FILE in storage.sizes():
+            raise self._refused()
         storage.remove_all()
         storage.write(ATTEMPT_FILE, self._attempt)
 

@@ -80,6 +80,8 @@ def score(task: str, response: str, extra_info: dict[str, Any]) -> float:
     answer = extract_answer(response)
     try:
         return float(_scorer(task)(response.strip() if answer is None else answer, entry))
+    except ImportError:
+        raise
     except Exception:
         # Some scorers parse an answer without guarding against what a model may write: not parsable is not right.
         return 0.0

@@ -132,7 +132,8 @@ def _serve(
     build: str, arguments: tuple[Any, ...], connection: Connection, log: Path, environment: dict[str, str], parent: int
 ) -> None:
     os.setpgid(0, 0)
-    os.environ.update(environment)
+    for variable, value in environment.items():
+        os.environ.setdefault(variable, value)  # what the user has set stays
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     _write_to(log)
     try:

@@ -69,7 +69,7 @@ class ReplayEngine(_FSDPEngine):
         else:
             self.routers.route_live()
         loss, output = super().forward_step(micro_batch, loss_function, forward_only)
-        live_TLK = self.routers.live_RLK[real_R.to(get_device_id())].to(torch.int16)
+        live_TLK = self.routers.live_RLK[real_R.to(get_device_id())].to(torch.int32)
         output["model_output"]["live_experts"] = torch.nested.nested_tensor_from_jagged(
             live_TLK, input_ids.offsets().to(live_TLK.device)
         )

@@ -3,6 +3,7 @@
 Shapes: N sequences, S response tokens of the longest, T tokens of one sequence, L MoE layers, K experts per token.
 """
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +38,10 @@ class Pass:
     """What a pass over N sequences saw, before its optimizer step if it had one."""
 
     log_probs_NS: Tensor
-    entropy_NS: Tensor
+    entropy_NS: Tensor | None
+    """Of a scoring pass; a step does not compute it."""
     live_TLK: Tensor
-    """The routers' own choice for all tokens of all sequences, int16, in the order given."""
+    """The routers' own choice for all tokens of all sequences, int32, in the order given."""
     loss: float
     grad_norm: float
 
@@ -68,6 +70,9 @@ class TrainingEngine:
         if weights == self.weights:
             return
         self.weights = None
+        # The old engine goes first: two of them would double the peak of memory.
+        del self._engine
+        gc.collect()
         self._engine = self._build(folder / MODEL_FOLDER if is_checkpoint else folder)
         if is_checkpoint:
             self._engine.load_checkpoint(str(folder))
@@ -79,7 +84,7 @@ class TrainingEngine:
 
     def score(self, sequences: Sequence[TokenSequence], routes: Sequence[RoutingTrace] | None) -> Pass:
         """Log-probs of the responses without gradient, replaying `routes` where given."""
-        batch = self._batch(sequences, routes)
+        batch = self._batch(sequences, routes, calculate_entropy=True)
         with self._engine.eval_mode():
             output = self._engine.infer_batch(batch)
         return self._pass(output, batch)
@@ -154,6 +159,7 @@ class TrainingEngine:
         sequences: Sequence[TokenSequence],
         routes: Sequence[RoutingTrace] | None,
         per_token: dict[str, Tensor] | None = None,
+        calculate_entropy: bool = False,
     ) -> TensorDict:
         """The sequences in verl's layout: nested tensors without padding."""
         from verl.utils import tensordict_utils as tu
@@ -189,14 +195,14 @@ class TrainingEngine:
             use_fused_kernels=False,
             pad_mode=DatasetPadMode.NO_PADDING,
             temperature=self.config.rollout.temperature,
-            calculate_entropy=True,
+            calculate_entropy=calculate_entropy,
             return_model_output=True,
             global_batch_size=len(sequences),
         )
         return batch
 
     def _aligned(self, number: int, trace: RoutingTrace, tokens: int) -> Tensor:
-        """The trace as verl's `routed_experts` of one sequence: int16 [T, L, K], -1 where there is no route."""
+        """The trace as verl's `routed_experts` of one sequence: int32 [T, L, K], -1 where there is no route."""
         from moe_replay.engines.replay_engine import NO_ROUTE
 
         trace.require_model(self.num_experts, self.top_k, self.layers, f"the trace of sequence {number}")
@@ -205,7 +211,7 @@ class TrainingEngine:
                 f"routes cover {trace.num_tokens} rows but sequence {number} has {tokens} tokens; "
                 "they belong to other tokens: re-run the rollout, routes are never padded"
             )
-        ids_TLK = torch.from_numpy(trace.ids_TLK.astype("int16"))
+        ids_TLK = torch.from_numpy(trace.ids_TLK.astype("int32"))
         ids_TLK[~torch.from_numpy(trace.valid_T)] = NO_ROUTE
         return ids_TLK
 
@@ -213,9 +219,10 @@ class TrainingEngine:
         from verl.workers.utils.padding import no_padding_2_padding
 
         seen = output["model_output"]
+        entropy = seen.get("entropy")
         return Pass(
             log_probs_NS=no_padding_2_padding(seen["log_probs"], batch).float().cpu(),
-            entropy_NS=no_padding_2_padding(seen["entropy"], batch).float().cpu(),
+            entropy_NS=None if entropy is None else no_padding_2_padding(entropy, batch).float().cpu(),
             live_TLK=seen["live_experts"].values().cpu(),
             loss=float(sum(output["loss"])),
             grad_norm=float(output["metrics"].get("grad_norm", 0.0)),

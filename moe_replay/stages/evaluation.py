@@ -34,8 +34,8 @@ def evaluate_policy(
     writer = run.store().begin("evaluation", iteration, {"policy": policy}, run.digest("evaluation"))
     load_policy(engine, run, policy)
     rows, metrics = [], {}
-    for name, path in sorted(run.benchmarks.items()):
-        scored = _score_benchmark(engine, progress, run, name, PromptTable.open(path))
+    for name, file in sorted(run.benchmarks.items()):
+        scored = _score_benchmark(engine, progress, run, name, file.open())
         rows += scored
         metrics |= summarize(name, [(row["problem"], row["score"]) for row in scored])
     buffer = io.BytesIO()

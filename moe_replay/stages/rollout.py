@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.archive.commits import ArtifactRef
-from moe_replay.data.prompts import Prompt, PromptTable
+from moe_replay.data.prompts import Prompt
 from moe_replay.data.rewards import score
 from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
@@ -30,7 +30,7 @@ def generate_rollouts(
     """
     settings = run.config.rollout
     writer = run.store().begin("rollout", iteration, {"policy": policy}, run.digest("rollout"))
-    prompts = PromptTable.open(run.train).draw(iteration, settings.prompts, run.seed("data"))
+    prompts = run.train.open().draw(iteration, settings.prompts, run.seed("data"))
     groups = [group for group in range(len(prompts)) for _ in range(settings.responses)]
     requests = [
         Request(prompts[group].messages, run.seed("rollout", iteration, number)) for number, group in enumerate(groups)

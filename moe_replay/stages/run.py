@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict
 from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig
+from moe_replay.data.prompts import PromptTable
+from moe_replay.errors import ConfigError
 from moe_replay.seeds import derive_seed
 
 CHECKPOINT_FOLDER = "checkpoint"
 """Folder of the checkpoint within a training artifact."""
-_INITIAL = "model://"
+_INITIAL = "model://initial"
 
 STAGE_SECTIONS = {
     "rollout": ("seed", "model", "data", "rollout"),
@@ -35,6 +37,25 @@ class Policy(NamedTuple):
     is_checkpoint: bool
 
 
+class DataFile(BaseModel):
+    """A Parquet file of prompts, as it was when the run was prepared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path
+    sha256: str
+
+    def open(self) -> PromptTable:
+        """The prompts; raises ConfigError when the file has changed since."""
+        table = PromptTable.open(self.path)
+        if table.digest != self.sha256:
+            raise ConfigError(
+                f"{self.path} has sha256 {table.digest}, the run was prepared with {self.sha256}; "
+                "put the file back, or start a new run with the new one"
+            )
+        return table
+
+
 class Run(BaseModel):
     """One run, prepared: everything a stage needs, small enough to be a parameter of a task."""
 
@@ -49,8 +70,8 @@ class Run(BaseModel):
     model: Path
     """The model that the run starts from, on local disk."""
     model_sha256: str
-    train: Path
-    benchmarks: dict[str, Path]
+    train: DataFile
+    benchmarks: dict[str, DataFile]
 
     def store(self) -> RunStore:
         """The run's artifacts."""
@@ -74,12 +95,12 @@ class Run(BaseModel):
     @property
     def initial_policy(self) -> ArtifactRef:
         """Stands for the model that the run starts from."""
-        return ArtifactRef(uri=_INITIAL + self.config.model.path, sha256=self.model_sha256)
+        return ArtifactRef(uri=_INITIAL, sha256=self.model_sha256)
 
     @contextmanager
     def policy(self, ref: ArtifactRef, with_optimizer: bool) -> Iterator[Policy]:
         """The weights a reference stands for, on local disk and verified, for as long as they are being loaded."""
-        if ref.uri.startswith(_INITIAL):
+        if ref.uri == _INITIAL:
             yield Policy(self.model, ref.sha256, is_checkpoint=False)
             return
         below = CHECKPOINT_FOLDER if with_optimizer else f"{CHECKPOINT_FOLDER}/huggingface"

@@ -42,8 +42,6 @@ class Batch:
     replayed: list[RoutingTrace] | None
     """Routes to replay in the mini-steps; none routes live."""
     mask_NS: Tensor
-    rollout_NS: Tensor
-    """log μ of the inference engine."""
     advantages_NS: Tensor
     old: Pass
     """The old log-prob pass."""
@@ -98,16 +96,15 @@ def _prepare(engine: TrainingEngine, run: Run, samples: list[Sample], archive: R
     rollout_NS = pad_sequence([torch.tensor(sample.log_probs) for sample in samples], batch_first=True)
     old = engine.score(sequences, captured if method.route_source == "rollout" else None)
     importance_NS, metrics = _mismatch(run.config, old.log_probs_NS, rollout_NS, mask_NS)
-    replayed = {
-        "none": None,
-        "rollout": captured,
-        "old_log_prob": _split_live(old.live_TLK, captured),
-    }[method.route_source]
-    batch = Batch(sequences, captured, replayed, mask_NS, rollout_NS, _advantages(samples, mask_NS), old, importance_NS)
+    replayed = captured if method.route_source == "rollout" else None
+    if method.route_source == "old_log_prob":
+        replayed = _split_live(old.live_TLK, captured)
+    batch = Batch(sequences, captured, replayed, mask_NS, _advantages(samples, mask_NS), old, importance_NS)
     ids_TLK, valid_T = _join(captured)
     metrics |= _prefixed("mismatch", router_mismatch_metrics(ids_TLK[valid_T], old.live_TLK[valid_T].long()))
     metrics["routing/load_imbalance"] = load_imbalance(ids_TLK[valid_T], archive.provenance.num_experts)
     metrics["routing/missing_fraction"] = 1 - valid_T.float().mean().item()
+    assert old.entropy_NS is not None
     metrics["policy/entropy"] = (old.entropy_NS[mask_NS]).mean().item()
     return batch, metrics
 

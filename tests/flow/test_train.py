@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import TIMING_FILE
+from moe_replay.methods import PRESETS
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -33,14 +34,22 @@ def exact_run(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> tup
     )
 
 
-@pytest.mark.parametrize("method", ["grpo", "gspo", "tis", "r2", "r3"])
-def test_each_method_trains_two_iterations(method: str, tmp_path: Path) -> None:
-    root = tmp_path.as_uri()
-    said = run_json(
-        "run", f"--method={method}", f"--run-id=small-{method}", "--iterations=2", f"--root={root}", settings=SMALL
-    )
+@pytest.fixture(scope="module")
+def each_method(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> dict[str, dict[str, Any]]:
+    """What the command says of two iterations of each method: same id, seed and settings, another root."""
+    said = {}
+    for method in PRESETS:
+        root = tmp_path_factory.mktemp(method).as_uri()
+        command = ("run", f"--method={method}", "--run-id=small", "--iterations=2", f"--root={root}")
+        said[method] = run_json(*command, settings=SMALL)
+    return said
 
-    assert said["run_id"] == f"small-{method}"
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_each_method_trains_two_iterations(method: str, each_method: dict[str, dict[str, Any]]) -> None:
+    said = each_method[method]
+
+    assert said["run_id"] == "small"
     assert len(said["iterations"]) == 2
     for metrics in said["iterations"]:
         assert all(math.isfinite(value) for value in metrics.values())
@@ -49,9 +58,39 @@ def test_each_method_trains_two_iterations(method: str, tmp_path: Path) -> None:
         assert 0 <= metrics["eval/addition/avg_at_n"] <= 1
         # 1 in 13 rows has no route: the last token of each sequence was never fed.
         assert 0 < metrics["routing/missing_fraction"] < 0.1
-        if method == "r2":
-            assert metrics["routing/agreement_step_1"] == 1.0
-    assert run_json("archive", "verify", f"small-{method}", f"--root={root}")["problems"] == []
+    assert run_json("archive", "verify", "small", f"--root={said['root']}")["problems"] == []
+
+
+def test_methods_differ_where_they_should_and_nowhere_else(each_method: dict[str, dict[str, Any]]) -> None:
+    first = {method: said["iterations"][0] for method, said in each_method.items()}
+    stores = {method: RunStore(said["root"], "small") for method, said in each_method.items()}
+
+    # The first rollout is the same: same weights, prompts and seeds.
+    assert len({store.commit_of("rollout", 0) for store in stores.values()}) == 1
+    trained = {}
+    for method, store in stores.items():
+        ref = store.commit_of("training", 0)
+        assert ref is not None
+        weights = (one for one in store.open(ref).commit.objects if one.path.endswith("model.safetensors"))
+        trained[next(weights).sha256] = method
+    assert set(trained.values()) == set(PRESETS), "two methods trained to the same weights"
+    # Replaying the rollout's routes takes the routers' part out of the mismatch; the other methods share what is left.
+    assert first["r3"]["mismatch/kl_k3"] < first["grpo"]["mismatch/kl_k3"]
+    assert first["grpo"]["mismatch/kl_k3"] == first["gspo"]["mismatch/kl_k3"] == first["r2"]["mismatch/kl_k3"]
+    # Before its first step the trainer agrees with its own old-log-prob pass, not quite with the bfloat16 rollout.
+    assert first["r2"]["routing/agreement_step_1"] == 1.0
+    assert first["r3"]["routing/agreement_step_1"] < 1.0
+
+
+@pytest.mark.slow
+def test_replaying_the_rollout_cuts_the_mismatch_to_a_third(tmp_path: Path) -> None:
+    p90 = {}
+    for method in ("grpo", "r3"):
+        command = ("run", f"--method={method}", f"--run-id=long-{method}", "--iterations=20", f"--root={tmp_path}")
+        kl = sorted(metrics["mismatch/kl_k3"] for metrics in run_json(*command)["iterations"])
+        p90[method] = kl[17]
+
+    assert p90["grpo"] > 3 * p90["r3"]
 
 
 def test_same_seed_twice_gives_the_same_bytes(exact_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -82,16 +121,39 @@ def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage(
     assert mlflow_steps(said["mlflow_run_id"], "mismatch/kl_k3") == [0, 1]
 
 
-def test_lost_engine_is_replaced_and_the_stage_retried(tmp_path: Path) -> None:
-    process = start("run", "--run-id=lost", "--iterations=3", f"--root={tmp_path.as_uri()}", "--json", settings=EXACT)
-    wait_for(tmp_path / "lost/iterations/00000/evaluation/_committed.json")
+def test_stage_whose_engine_dies_at_work_is_retried_with_a_fresh_one(tmp_path: Path, prefect_api: str) -> None:
+    process = start("run", "--run-id=lost", "--iterations=2", f"--root={tmp_path.as_uri()}", "--json", settings=EXACT)
+    wait_for(tmp_path / "lost/iterations/00001/training/_attempt.json")
     for engine in psutil.Process(process.pid).children():
         if "multiprocessing.spawn" in " ".join(engine.cmdline()):
             os.kill(engine.pid, signal.SIGKILL)
     out, err = process.communicate(timeout=280)
 
     assert process.returncode == 0, err
-    assert len(json.loads(out)["iterations"]) == 3
+    assert len(json.loads(out)["iterations"]) == 2
+    attempts = {task["name"]: task["run_count"] for task in tasks_of(prefect_api, ["lost-0", "lost-1"])}
+    assert attempts["training-1"] == 2
+    assert attempts["training-0"] == 1
+
+
+def test_permanent_error_fails_the_stage_at_once(
+    exact_run: tuple[Path, dict[str, Any]], tmp_path: Path, prefect_api: str
+) -> None:
+    folder = tmp_path / "exact"
+    shutil.copytree(exact_run[0], folder)
+    shutil.rmtree(folder / "iterations/00001/training")
+    shutil.rmtree(folder / "iterations/00001/evaluation")
+    weights = folder / "iterations/00000/training/checkpoint/huggingface/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+
+    process = start("resume", "exact", f"--root={tmp_path.as_uri()}", "--json")
+    out, err = process.communicate(timeout=280)
+
+    assert (process.returncode, out) == (1, "")
+    assert "model.safetensors was altered" in err
+    assert "Traceback" not in err
+    newest = max(tasks_of(prefect_api, ["exact-1"]), key=lambda task: task["created"])
+    assert (newest["name"], newest["run_count"]) == ("training-1", 1)
 
 
 def test_status_and_inspect_read_storage_alone(exact_run: tuple[Path, dict[str, Any]]) -> None:
@@ -145,12 +207,10 @@ def test_mlflow_holds_settings_and_every_metric_by_iteration(exact_run: tuple[Pa
 def test_prefect_shows_iterations_with_their_stages_and_the_results_table(
     exact_run: tuple[Path, dict[str, Any]], prefect_api: str
 ) -> None:
-    flows = post(f"{prefect_api}/flow_runs/filter", {"flow_runs": {"name": {"any_": ["exact-0", "exact-1"]}}})
-    tasks = post(f"{prefect_api}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
+    names = {task["name"] for task in tasks_of(prefect_api, ["exact-0", "exact-1"])}
     tables = post(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["results-exact"]}}})
 
-    assert {flow["name"] for flow in flows} == {"exact-0", "exact-1"}
-    assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} <= {task["name"] for task in tasks}
+    assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} <= names
     rows = json.loads(tables[-1]["data"])
     assert "mismatch/kl_k3" in rows[0]
 
@@ -183,6 +243,12 @@ def mlflow() -> MlflowClient:
 def mlflow_steps(run_id: str, key: str) -> list[int]:
     """Steps at which a metric was logged, in order, repetitions included."""
     return sorted(point.step for point in mlflow().get_metric_history(run_id, key))
+
+
+def tasks_of(api: str, flow_runs: list[str]) -> list[dict[str, Any]]:
+    """Task runs of flow runs with these names."""
+    flows = post(f"{api}/flow_runs/filter", {"flow_runs": {"name": {"any_": flow_runs}}})
+    return post(f"{api}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
 
 
 def post(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:

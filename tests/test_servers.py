@@ -1,0 +1,47 @@
+"""`moe-replay ui` starts the real MLflow and Prefect servers, and leaves nothing behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+
+def test_ui_serves_both_and_ends_them_when_terminated(tmp_path: Path) -> None:
+    ports = {"--mlflow-port": free_port(), "--prefect-port": free_port()}
+    options = [f"{option}={port}" for option, port in ports.items()]
+    outside = {"PREFECT_API_URL", "MLFLOW_TRACKING_URI"}
+    environment = {key: value for key, value in os.environ.items() if key not in outside}
+    command = [str(Path(sys.executable).with_name("moe-replay")), "ui", *options]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment | {"MOE_REPLAY_HOME": str(tmp_path), "PREFECT_HOME": str(tmp_path / "prefect")},
+    )
+    assert process.stdout is not None
+    # A line for each server once it answers, and one that tells how to stop.
+    said = "".join(process.stdout.readline() for _ in range(3))
+    family = psutil.Process(process.pid).children(recursive=True)
+    for port, path in zip(ports.values(), ("/health", "/api/health"), strict=True):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            assert answer.status == 200
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+
+    assert all(f"http://127.0.0.1:{port}" in said for port in ports.values())
+    deadline = time.monotonic() + 10
+    while any(child.is_running() for child in family):
+        assert time.monotonic() < deadline, "a server outlived the command that started it"
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
