@@ -18,6 +18,7 @@ from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 from moe_replay.stages.run import DataFile, Run
+from moe_replay.tokenization import encode_prompt
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -157,12 +158,7 @@ def _require_prompts_fit(run: Run, progress: Progress) -> None:
         for prompt in table.rows():
             if prompt.row % 1000 == 0:
                 progress(prompt.row, len(table), f"prompts of {name} measured")
-            ids = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False)
-            if not 0 < len(ids) <= longest:
-                raise ConfigError(
-                    f"row {prompt.row} of {file.path} has a prompt of {len(ids)} tokens, rollout.max_prompt_tokens "
-                    f"allows 1 to {longest}; prompts are never cut: raise the limit or drop the row"
-                )
+            encode_prompt(tokenizer, prompt.messages, longest, f"the prompt in row {prompt.row} of {file.path}")
 
 
 def package_versions() -> dict[str, str]:

@@ -167,10 +167,32 @@ def test_a_method_of_ones_own_needs_every_field():
         parse_config({"method": {key: value for key, value in own.items() if key != "clip_low"}})
 
 
-def test_a_root_with_a_password_is_refused_without_telling_it():
-    with pytest.raises(ConfigError, match="credentials in the environment") as caught:
-        parse_config({"storage": {"root": "ftp://me:secret-word@host/runs"}})
+@pytest.mark.parametrize(
+    "root",
+    [
+        "ftp://me:secret-word@host/runs",
+        "s3://KEY:abc/secret-word@bucket/runs",
+        "s3://secret-word@bucket/runs",
+        "s3://bucket/runs?secret=secret-word",
+        "abfs://container:secret-word@account/runs",
+    ],
+)
+def test_a_root_with_credentials_is_refused_without_telling_them(root):
+    with pytest.raises(ConfigError, match="give those in the environment") as caught:
+        parse_config({"storage": {"root": root}})
     assert "secret-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/runs", "abfs://container@account.example/runs", "/data/a@b/runs"])
+def test_a_root_without_credentials_is_taken(root):
+    assert parse_config({"storage": {"root": root}}).storage.root == root
+
+
+def test_a_method_without_importance_weights_can_be_written_in_toml():
+    own = PRESETS["tis"] | {"name": "mine"}
+    assert parse_config({"method": own | {"importance_threshold": "none"}}).method.importance_threshold is None
+    del own["importance_threshold"]
+    assert parse_config({"method": own}).method.importance_threshold is None
 
 
 def test_the_root_defaults_to_a_folder_below_home(monkeypatch, tmp_path):

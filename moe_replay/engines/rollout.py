@@ -9,8 +9,9 @@ import numpy as np
 
 from moe_replay.config import RolloutConfig
 from moe_replay.engines.process import Progress
-from moe_replay.errors import ConfigError, RoutingMismatch
+from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace, refuse_dead_capture
+from moe_replay.tokenization import encode_prompt
 
 ENVIRONMENT = {
     # One thread of control: requests are batched in the same order each time, so the same seeds give the same bytes.
@@ -122,19 +123,11 @@ class RolloutEngine:
         return responses
 
     def _tokenize(self, conversations: list[list[dict[str, Any]]]) -> list[list[int]]:
-        tokenizer: Any = self._llm.get_tokenizer()
-        longest = self.config.max_prompt_tokens
-        prompts = []
-        for number, messages in enumerate(conversations):
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-            if not 0 < len(ids) <= longest:
-                raise ConfigError(
-                    f"prompt {number} of the batch has {len(ids)} tokens, rollout.max_prompt_tokens allows 1 to "
-                    f"{longest}; prompts are never cut: raise the limit or drop the prompt from the data. It begins "
-                    f"{str(messages)[:80]!r}"
-                )
-            prompts.append(list(ids))
-        return prompts
+        tokenizer, longest = self._llm.get_tokenizer(), self.config.max_prompt_tokens
+        return [
+            encode_prompt(tokenizer, messages, longest, f"prompt {number} of the batch")
+            for number, messages in enumerate(conversations)
+        ]
 
     def _response(self, output: Any) -> Response:
         sample = output.outputs[0]

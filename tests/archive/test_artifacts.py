@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import traceback
 from pathlib import Path
 
 import fsspec
@@ -384,3 +385,9 @@ def test_credentials_in_a_url_are_not_told():
 def test_a_commit_parses_to_the_same_bytes(local_store, tmp_path):
     data = Path(tmp_path / "run-1" / commit_scores(local_store).uri / "_committed.json").read_bytes()
     assert Commit.from_bytes(data, "x").to_bytes() == data
+
+
+def test_what_a_store_says_of_credentials_is_in_no_traceback(capsys):
+    with pytest.raises(StorageUnavailable) as caught, storage_errors("reading s3://bucket/x"):
+        raise ConnectionResetError("signed with AWSSECRET/word by https://host/x?sig=AWSSECRET")
+    assert "AWSSECRET" not in "".join(traceback.format_exception(caught.value))

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.config import RunConfig, load_config
 from moe_replay.data import addition
@@ -23,7 +24,7 @@ def config(tmp_path, monkeypatch) -> RunConfig:
     """A run of a user's own model and data, all below `tmp_path`."""
     monkeypatch.setenv("MOE_REPLAY_HOME", str(tmp_path / "home"))
     model = tmp_path / "model"
-    model.mkdir()
+    tiny.build_tokenizer().save_pretrained(model)
     (model / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": 8}))
     (model / "model.safetensors").write_bytes(b"weights")
     split = addition.split_problems(16, 4, seed=0)
@@ -123,7 +124,7 @@ def test_a_run_json_without_config_is_corrupt(tmp_path):
 def test_a_home_in_the_users_folder_names_files_with_a_tilde(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     run = prepare(changed(config, data__train="~/train.parquet", model__path="~/model"), "run-1", no_progress)
-    assert (run.train, run.model) == (tmp_path / "train.parquet", tmp_path / "model")
+    assert (run.train.path, run.model) == (tmp_path / "train.parquet", tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -208,3 +209,22 @@ def test_a_models_digest_depends_on_names_and_contents_of_its_files_alone(tmp_pa
     files = {"a": b"1", "b": b"2"}
     assert digest(files) == digest(dict(reversed(files.items()))) == digest(files | {".cache": b"x"})
     assert len({digest(other) for other in (files, {"a": b"1"}, {"a": b"2", "b": b"1"}, {"a": b"1", "c": b"2"})}) == 4
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_run_exists(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"row 0 of .*train.parquet has 8 tokens, .* allows 1 to 7"):
+        prepare(changed(config, rollout__max_prompt_tokens=7), "run-1", no_progress)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_tokenizer_without_chat_template_is_refused(config, tmp_path):
+    (tmp_path / "model/chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="no chat template"):
+        prepare(config, "run-1", no_progress)
+
+
+def test_data_that_changes_while_the_run_goes_on_is_refused(config, tmp_path):
+    run = prepare(config, "run-1", no_progress)
+    addition.write_parquet(tmp_path / "train.parquet", addition.split_problems(16, 4, seed=1).train, "train")
+    with pytest.raises(ConfigError, match="the run was prepared with"):
+        run.train.open()
