@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,7 +90,13 @@ def run(
     if root is not None:
         overrides["storage.root"] = root
     settings = load_config(config, overrides)
-    _train(settings, run_id or f"{settings.method.name}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}", json_)
+    _train(
+        settings,
+        run_id
+        if run_id is not None
+        else f"{settings.method.name}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
+        json_,
+    )
 
 
 @app.command
@@ -198,37 +205,16 @@ def ui(*, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
 
 def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
     """Run the flow in this process, showing progress on standard error when standard output is for a program."""
-    from moe_replay.preparation import preflight, prepare
+    from moe_replay.preparation import preflight
 
     # Before Prefect is imported: that takes seconds, and wants to make its home.
     preflight(config, run_id)
     # The display tells what Prefect would log here; Prefect's own interface still shows every line.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
-    from moe_replay.display import RunDisplay
-    from tasks.engines import engines_of
-    from tasks.progress import listening
-    from tasks.reporting import hearing_results
+    from moe_replay.servers import prefect_server
 
-    title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
-    with RunDisplay(_err if as_json else _out, title) as display:
-        ready = prepare(config, run_id, lambda done, total, what: display.on_progress("prepare", done, total, what))
-        # Engines take their time to import; they do it while Prefect's server starts.
-        engines_of(ready).start()
-        display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
-        from flows.train import train
-
-        with listening(display.on_progress), hearing_results(display.on_result):
-            try:
-                done = train(config, run_id)
-            except KeyboardInterrupt:
-                _err.print(f"stopped; what is committed stays: {_command()} resume {run_id}", highlight=False)
-                sys.exit(130)
-            except TimeoutError as error:
-                limit = config.stages.timeout_seconds
-                raise EngineLost(
-                    f"a stage took longer than stages.timeout_seconds = {limit:g} in each of "
-                    f"{config.stages.retries + 1} attempts; raise the limit, then: moe-replay resume {run_id}"
-                ) from error
+    with prefect_server(make_home()) as wait_for_prefect:
+        done = _run_flow(config, run_id, _err if as_json else _out, wait_for_prefect)
     store = RunStore(done["root"], run_id)
     if as_json:
         from moe_replay.stages.results import iteration_metrics
@@ -244,6 +230,35 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect: Callable[[], None]) -> dict[str, str]:
+    """Prepare the run and start its engines while Prefect's server starts, then run the flow under a live display."""
+    from moe_replay.display import RunDisplay
+    from moe_replay.preparation import prepare
+    from tasks.engines import engines_of
+    from tasks.progress import listening
+    from tasks.reporting import hearing_results
+
+    title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
+    with RunDisplay(console, title) as display, listening(display.on_progress), hearing_results(display.on_result):
+        try:
+            ready = prepare(config, run_id, lambda done, total, what: display.on_progress("prepare", done, total, what))
+            if not ready.is_complete():
+                engines_of(ready).start()
+            display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
+            from flows.train import train
+
+            wait_for_prefect()
+            return train(config, run_id)
+        except KeyboardInterrupt:
+            _err.print(f"stopped; what is committed stays: {_command()} resume {run_id}", highlight=False)
+            sys.exit(130)
+        except TimeoutError as error:
+            raise EngineLost(
+                f"a stage took longer than stages.timeout_seconds = {config.stages.timeout_seconds:g} in each of "
+                f"{config.stages.retries + 1} attempts; raise the limit, then: {_command()} resume {run_id}"
+            ) from error
 
 
 def _command() -> str:

@@ -1,5 +1,6 @@
 """The MLflow UI and the Prefect server, on loopback."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -8,6 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from moe_replay.errors import ConfigError, EngineLost
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _HOST = "127.0.0.1"
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,42 @@ def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> 
     finally:
         for process in running.values():
             _stop(process)
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
+    """A Prefect server for this process alone, named to Prefect by PREFECT_API_URL, unless the user named one.
+
+    Yields a function that waits until it answers. Enter it before Prefect is imported. Prefect's own temporary server
+    shares our terminal's Ctrl-C, so that it is gone when the interrupted run reports to it, and outlives a SIGKILL.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        yield lambda: None
+        return
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port = probe.getsockname()[1]
+    logs = home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", _HOST, "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "5"]
+    server = _Server("prefect", port, "", "/api/health", command, {})
+    with (logs / "prefect.log").open("ab") as log:
+        process = subprocess.Popen(  # noqa: S603 (our own command line)
+            command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+        )
+    os.environ["PREFECT_API_URL"] = f"http://{_HOST}:{port}/api"
+    try:
+        yield lambda: _wait_until_healthy(server, process, logs / "prefect.log")
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        _stop(process)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _servers(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> list[_Server]:

@@ -24,7 +24,8 @@ def engines_of(run: Run) -> EnginePool:
 def running_engines(run: Run) -> Iterator[EnginePool]:
     """Start building the run's engines in the background, and stop them at the end, however it comes."""
     pool = engines_of(run)
-    pool.start()
+    if not run.is_complete():
+        pool.start()
     try:
         yield pool
     finally:

@@ -41,6 +41,27 @@ def test_ui_serves_both_and_ends_them_when_terminated(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+def test_prefect_server_of_a_run_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from moe_replay.servers import prefect_server\n"
+        "with prefect_server(Path(sys.argv[1])) as wait:\n    wait(); print('up', flush=True); time.sleep(60)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment | {"PREFECT_HOME": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+
+    assert family
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

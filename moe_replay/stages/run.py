@@ -92,6 +92,12 @@ class Run(BaseModel):
         """
         return self.store().find(stage, iteration, inputs, self.digest(stage))
 
+    def is_complete(self) -> bool:
+        """Whether the last iteration's stages are committed, so that no engine is needed."""
+        last, store = self.config.iterations - 1, self.store()
+        needed = ["training", "evaluation"] if self.config.evaluates(last) else ["training"]
+        return all(store.commit_of(stage, last) is not None for stage in needed)
+
     @property
     def initial_policy(self) -> ArtifactRef:
         """Stands for the model that the run starts from."""

@@ -17,13 +17,16 @@ def arguments(*words: str, settings: dict[str, Any] | None = None) -> list[str]:
     return [str(Path(sys.executable).with_name("moe-replay")), *words, *sets]
 
 
-def start(*words: str, settings: dict[str, Any] | None = None, **environment: str) -> subprocess.Popen[str]:
-    """Start a command and go on."""
+def start(
+    *words: str, settings: dict[str, Any] | None = None, group: bool = False, **environment: str
+) -> subprocess.Popen[str]:
+    """Start a command and go on; `group` gives it a process group of its own, as a shell does."""
     return subprocess.Popen(
         arguments(*words, settings=settings),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=group,
         env={**os.environ, **environment},
     )
 

@@ -121,6 +121,20 @@ def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage(
     assert mlflow_steps(said["mlflow_run_id"], "mismatch/kl_k3") == [0, 1]
 
 
+def test_interrupt_ends_everything_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a terminal: a server of the command's own, and Ctrl-C for the whole process group.
+    monkeypatch.delenv("PREFECT_API_URL")
+    process = start("run", "--run-id=stopped", "--iterations=9", f"--root={tmp_path}", settings=EXACT, group=True)
+    wait_for(tmp_path / "stopped/iterations/00000/training/_committed.json")
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130, err
+    assert "resume stopped" in err
+    assert psutil.wait_procs(family, timeout=10)[1] == [], "something outlived the command"
+
+
 def test_stage_whose_engine_dies_at_work_is_retried_with_a_fresh_one(tmp_path: Path, prefect_api: str) -> None:
     process = start("run", "--run-id=lost", "--iterations=2", f"--root={tmp_path.as_uri()}", "--json", settings=EXACT)
     wait_for(tmp_path / "lost/iterations/00001/training/_attempt.json")
