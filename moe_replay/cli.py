@@ -90,13 +90,9 @@ def run(
     if root is not None:
         overrides["storage.root"] = root
     settings = load_config(config, overrides)
-    _train(
-        settings,
-        run_id
-        if run_id is not None
-        else f"{settings.method.name}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
-        json_,
-    )
+    if run_id is None:
+        run_id = f"{settings.method.name}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    _train(settings, run_id, json_)
 
 
 @app.command
@@ -209,8 +205,8 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
 
     # Before Prefect is imported: that takes seconds, and wants to make its home.
     preflight(config, run_id)
-    # The display tells what Prefect would log here; Prefect's own interface still shows every line.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+    # The display and our own errors tell what Prefect would log here; its own interface still shows every line.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from moe_replay.servers import prefect_server
 
     with prefect_server(make_home()) as wait_for_prefect:

@@ -67,7 +67,8 @@ def _on_engine(
         progress = StageProgress(run.run_id, stage, iteration)
         try:
             return process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
-        except BaseException:
+        except BaseException as error:
+            progress(0, 0, f"stopped by {type(error).__name__}")
             pool.discard(engine)
             raise
 
