@@ -55,7 +55,7 @@ def test_an_error_of_ours_arrives_as_itself_and_the_engine_goes_on(engine):
 
 
 def test_any_other_error_arrives_as_its_text(engine):
-    with pytest.raises(RuntimeError, match=r"ForeignError: the kernel failed with 7$"):
+    with pytest.raises(RuntimeError, match=r"ForeignError: the kernel failed with 7;"):
         engine.call("process_calls:fail", no_progress)
     assert "Traceback" in engine.log.read_text()
     assert engine.call("process_calls:add", no_progress, 1) == 6

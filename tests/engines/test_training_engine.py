@@ -188,7 +188,8 @@ def test_a_step_reports_what_it_saw_before_it_changed_the_weights(trainer, model
     trainer.open_model(model, make_config())
     scored = trainer.score(BATCH, foreign_routes())
     stepped = trainer.step(BATCH, foreign_routes())
-    assert_same(scored, stepped, tolerance=2e-5)
+    assert scored.entropy  # which a step does not compute
+    assert_same(replace(scored, entropy=[]), stepped, tolerance=2e-5)
     assert largest_difference(stepped.log_probs, trainer.score(BATCH, foreign_routes()).log_probs) > 1e-2
 
 

@@ -32,7 +32,7 @@ class Seen:
     """A `Pass` in numpy, its routes split by sequence."""
 
     log_probs: list[np.ndarray]
-    entropy: list[np.ndarray]
+    entropy: list[np.ndarray]  # empty for a step, which computes none
     live: list[np.ndarray]
     loss: float
     grad_norm: float
@@ -137,7 +137,7 @@ def _seen(found: "Pass", batch: Batch) -> Seen:
 
     return Seen(
         log_probs=unpadded(found.log_probs_NS),
-        entropy=unpadded(found.entropy_NS),
+        entropy=[] if found.entropy_NS is None else unpadded(found.entropy_NS),
         live=[part.numpy() for part in found.live_TLK.split(tokens)],
         loss=found.loss,
         grad_norm=found.grad_norm,
