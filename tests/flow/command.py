@@ -34,6 +34,6 @@ def start(
 def run_json(*words: str, settings: dict[str, Any] | None = None, **environment: str) -> dict[str, Any]:
     """Run a command with --json and return what it says; its standard error is shown when it fails."""
     process = start(*words, "--json", settings=settings, **environment)
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, f"exit code {process.returncode}\n{err}"
     return json.loads(out)

@@ -141,7 +141,7 @@ def test_stage_whose_engine_dies_at_work_is_retried_with_a_fresh_one(tmp_path: P
     for engine in psutil.Process(process.pid).children():
         if "multiprocessing.spawn" in " ".join(engine.cmdline()):
             os.kill(engine.pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=600)
 
     assert process.returncode == 0, err
     assert len(json.loads(out)["iterations"]) == 2
@@ -161,7 +161,7 @@ def test_permanent_error_fails_the_stage_at_once(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
 
     process = start("resume", "exact", f"--root={tmp_path.as_uri()}", "--json")
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=600)
 
     assert (process.returncode, out) == (1, "")
     assert "model.safetensors was altered" in err
