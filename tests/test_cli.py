@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.config import load_config
 from moe_replay.data import addition
@@ -70,6 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     model = folder / "model"
     model.mkdir()
+    tiny.build_tokenizer().save_pretrained(model)
     (model / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": 8}))
     addition.write_parquet(folder / "train.parquet", addition.split_problems(8, 1, seed=0).train, "train")
     (folder / "run.toml").write_text(
@@ -219,7 +221,7 @@ def test_missing_credentials_are_told(refused, tmp_path, monkeypatch):
 @pytest.mark.parametrize("words", [["run"], ["status", "run-1"]], ids=" ".join)
 def test_a_password_in_the_root_is_refused_and_never_printed(refused, words):
     message = refused(*words, "--root", f"s3://{KEY}:{SECRET}@bucket/runs")
-    assert "give credentials in the environment" in message
+    assert "give those in the environment" in message
     assert KEY not in message
     assert SECRET not in message
 
