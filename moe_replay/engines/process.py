@@ -24,7 +24,7 @@ from moe_replay.errors import EngineFailed, EngineLost, ReplayError
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) while a stage works."""
 
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 3.0
 _PARENT_POLL_SECONDS = 1.0
 
 

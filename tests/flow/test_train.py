@@ -128,7 +128,7 @@ def test_interrupt_ends_everything_and_says_how_to_go_on(tmp_path: Path, monkeyp
     wait_for(tmp_path / "stopped/iterations/00000/training/_committed.json")
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
 
     assert process.returncode == 130, err
     assert "resume stopped" in err
