@@ -48,7 +48,10 @@ def main() -> None:
         _err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        # All is closed by now; Prefect's threads would go on sending events to the server that was stopped.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
 
 
 @app.command
@@ -249,7 +252,7 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
             return train(config, run_id)
         except KeyboardInterrupt:
             _err.print(f"stopped; what is committed stays: {_command()} resume {run_id}", highlight=False)
-            sys.exit(130)
+            raise
         except TimeoutError as error:
             raise EngineLost(
                 f"a stage took longer than stages.timeout_seconds = {config.stages.timeout_seconds:g} in each of "
