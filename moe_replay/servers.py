@@ -22,6 +22,7 @@ _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
+_NAMED_BY = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,12 @@ def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> 
     A server that MLFLOW_TRACKING_URI or PREFECT_API_URL names is not started again; its address is printed.
     Raises ConfigError when a port is taken, EngineLost when a server ends by itself.
     """
-    servers = _servers(home, mlflow_port, prefect_port, console)
+    servers = _servers(home, mlflow_port, prefect_port)
     for server in servers:
         _require_free(server)
+    for name, variable in _NAMED_BY.items():
+        if name not in {server.name for server in servers}:
+            console.print(f"{name:8} is the server that {variable} names", highlight=False)
     logs = home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -108,13 +112,11 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _servers(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> list[_Server]:
-    """What has to be started; says where the others are."""
+def _servers(home: Path, mlflow_port: int, prefect_port: int) -> list[_Server]:
+    """What has to be started, since the environment names no server of its kind."""
     servers = []
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-    if tracking.startswith(("http://", "https://")):
-        console.print("mlflow   is the server that MLFLOW_TRACKING_URI names", highlight=False)
-    else:
+    if not tracking.startswith(("http://", "https://")):
         where = ["--host", _HOST, "--port", str(mlflow_port), "--workers", "1"]
         artifacts = ["--default-artifact-root", (home / "mlflow-artifacts").as_uri()]
         # By the environment, since a database's URL may hold a password and command lines are public.
@@ -125,9 +127,7 @@ def _servers(home: Path, mlflow_port: int, prefect_port: int, console: Console) 
         }
         command = [sys.executable, "-m", "mlflow", "server", *where, *artifacts]
         servers.append(_Server("mlflow", mlflow_port, "--mlflow-port", "/health", command, environment))
-    if os.environ.get("PREFECT_API_URL"):
-        console.print("prefect  is the server that PREFECT_API_URL names", highlight=False)
-    else:
+    if not os.environ.get("PREFECT_API_URL"):
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(prefect_port)]
         environment = {"PREFECT_UI_API_URL": f"http://{_HOST}:{prefect_port}/api"}
         servers.append(_Server("prefect", prefect_port, "--prefect-port", "/api/health", command, environment))

@@ -1,6 +1,8 @@
 """The engines of the runs that this process works on.
 
-Engines can't be parameters of tasks, which Prefect records; tasks name the run and find its engines here.
+Engines can't be parameters of tasks, which Prefect records; tasks name the run and find its engines here. Runs of one
+model under the same settings of both engines share them: an engine holds nothing of a run but weights, named by what
+they are, and takes method and temperature with each call.
 """
 
 from collections.abc import Iterator
@@ -10,23 +12,54 @@ from moe_replay.engines.pool import EnginePool
 from moe_replay.stages.run import Run
 
 _pools: dict[str, EnginePool] = {}
+_users: list[str] = []
+"""Keys of the pools in use, once for each run at work."""
+_keepers: list[object] = []
 
 
 def engines_of(run: Run) -> EnginePool:
     """The run's engines; none is started before it is used."""
-    key = f"{run.root}/{run.run_id}"
+    key = _key(run)
     if key not in _pools:
-        _pools[key] = EnginePool(run.model, run.model_sha256, run.config, run.home / "logs" / run.run_id)
+        logs = run.home / "logs" / run.run_id
+        _pools[key] = EnginePool(run.model, run.model_sha256, run.config.rollout, run.config.training, logs)
     return _pools[key]
 
 
 @contextmanager
 def running_engines(run: Run) -> Iterator[EnginePool]:
-    """Start building the run's engines in the background, and stop them at the end, however it comes."""
+    """Start building the run's engines in the background, and stop them when no run uses them, however it ends."""
     pool = engines_of(run)
+    key = _key(run)
     if not run.is_complete():
         pool.start()
+    _users.append(key)
     try:
         yield pool
     finally:
-        _pools.pop(f"{run.root}/{run.run_id}").close()
+        _users.remove(key)
+        if not _keepers:
+            _close_unused()
+
+
+@contextmanager
+def keeping_engines() -> Iterator[None]:
+    """Keep engines from run to run, for several runs one after the other in this process."""
+    keeper = object()
+    _keepers.append(keeper)
+    try:
+        yield
+    finally:
+        _keepers.remove(keeper)
+        if not _keepers:
+            _close_unused()
+
+
+def _key(run: Run) -> str:
+    engines = run.config.model_dump_json(include={"rollout", "training"})
+    return f"{run.model} {run.model_sha256} {engines}"
+
+
+def _close_unused() -> None:
+    for key in [key for key in _pools if key not in _users]:
+        _pools.pop(key).close()

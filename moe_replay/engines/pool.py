@@ -1,9 +1,9 @@
-"""The engines of a run: started when first needed, shared by its stages, replaced when one fails."""
+"""A pair of engines: started when first needed, shared by stages and by runs, replaced when one fails."""
 
 import atexit
 from pathlib import Path
 
-from moe_replay.config import RunConfig
+from moe_replay.config import RolloutConfig, TrainingConfig
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess
 
@@ -14,11 +14,12 @@ class EnginePool:
     An engine is only a cache of weights: any of them can be dropped at any time, the next call builds a fresh one.
     """
 
-    def __init__(self, model: Path, weights: str, config: RunConfig, logs: Path):
+    def __init__(self, model: Path, weights: str, rollout: RolloutConfig, training: TrainingConfig, logs: Path):
         """`weights` names the weights of `model`, from which both engines start."""
         self._model = model
         self._weights = weights
-        self._config = config
+        self._rollout_config = rollout
+        self._training_config = training
         self._logs = logs
         self._running: dict[str, EngineProcess] = {}
         atexit.register(self.close)
@@ -30,12 +31,12 @@ class EnginePool:
 
     def rollout(self) -> EngineProcess:
         """The process of the vLLM engine (`moe_replay.engines.rollout.RolloutEngine`)."""
-        arguments = (self._model, self._weights, self._config.rollout)
+        arguments = (self._model, self._weights, self._rollout_config)
         return self._get("rollout", "moe_replay.engines.rollout:RolloutEngine", arguments, rollout.ENVIRONMENT)
 
     def training(self) -> EngineProcess:
         """The process of the verl engine (`moe_replay.engines.training.TrainingEngine`)."""
-        arguments = (self._model, self._weights, self._config)
+        arguments = (self._model, self._weights, self._training_config)
         return self._get("training", "moe_replay.engines.training:TrainingEngine", arguments, {})
 
     def discard(self, name: str) -> None:

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from moe_replay.config import RunConfig
+from moe_replay.config import TrainingConfig
 from moe_replay.engines.checkpoint import MODEL_FOLDER
 from moe_replay.errors import RoutingMismatch
 from moe_replay.methods import Method
@@ -49,13 +49,13 @@ class Pass:
 class TrainingEngine:
     """verl's FSDP2 engine around one model, with the replay of `replay_engine`."""
 
-    def __init__(self, model: Path, weights: str, config: RunConfig):
+    def __init__(self, model: Path, weights: str, training: TrainingConfig):
         if not torch.cuda.is_available():
             os.environ.setdefault("VERL_PLATFORM", "cpu")
         import verl  # noqa: F401 (chooses the platform and loads our plugin, before any engine is imported)
 
         _join_process_group()
-        self.config = config
+        self._training = training
         self.weights: str | None = weights
         """Which weights, and optimizer state, the engine holds, as the caller named them."""
         self._engine = self._build(model)
@@ -82,9 +82,11 @@ class TrainingEngine:
         """Write a checkpoint (`checkpoint.py` says what lies in it)."""
         self._engine.save_checkpoint(str(folder))
 
-    def score(self, sequences: Sequence[TokenSequence], routes: Sequence[RoutingTrace] | None) -> Pass:
-        """Log-probs of the responses without gradient, replaying `routes` where given."""
-        batch = self._batch(sequences, routes, calculate_entropy=True)
+    def score(
+        self, sequences: Sequence[TokenSequence], routes: Sequence[RoutingTrace] | None, temperature: float
+    ) -> Pass:
+        """Log-probs of the responses at `temperature` without gradient, replaying `routes` where given."""
+        batch = self._batch(sequences, routes, temperature, calculate_entropy=True)
         with self._engine.eval_mode():
             output = self._engine.infer_batch(batch)
         return self._pass(output, batch)
@@ -96,17 +98,19 @@ class TrainingEngine:
         old_NS: Tensor,
         advantages_NS: Tensor,
         importance_NS: Tensor | None,
+        method: Method,
+        temperature: float,
     ) -> Pass:
-        """One optimizer step of the method's policy loss on these sequences."""
+        """One optimizer step of the method's policy loss on these sequences, sampled at `temperature`."""
         from verl.workers.utils.losses import ppo_loss
 
         self.weights = None
         per_token = {"old_log_probs": old_NS, "advantages": advantages_NS}
         if importance_NS is not None:
             per_token["rollout_is_weights"] = importance_NS
-        batch = self._batch(sequences, routes, per_token)
+        batch = self._batch(sequences, routes, temperature, per_token)
         with self._engine.train_mode():
-            output = self._engine.train_batch(batch, partial(ppo_loss, _actor_config(self.config)))
+            output = self._engine.train_batch(batch, partial(ppo_loss, _actor_config(method, len(sequences))))
             self._engine.lr_scheduler_step()
         return self._pass(output, batch)
 
@@ -117,7 +121,7 @@ class TrainingEngine:
 
         from moe_replay.engines.replay_engine import MODEL_TYPE
 
-        training = self.config.training
+        training = self._training
         engine = EngineRegistry.new(
             model_type=MODEL_TYPE,
             backend="fsdp2",
@@ -158,6 +162,7 @@ class TrainingEngine:
         self,
         sequences: Sequence[TokenSequence],
         routes: Sequence[RoutingTrace] | None,
+        temperature: float,
         per_token: dict[str, Tensor] | None = None,
         calculate_entropy: bool = False,
     ) -> TensorDict:
@@ -190,11 +195,11 @@ class TrainingEngine:
         tu.assign_non_tensor(
             batch,
             use_dynamic_bsz=True,
-            max_token_len_per_gpu=self.config.training.micro_batch_tokens,
+            max_token_len_per_gpu=self._training.micro_batch_tokens,
             use_remove_padding=False,
             use_fused_kernels=False,
             pad_mode=DatasetPadMode.NO_PADDING,
-            temperature=self.config.rollout.temperature,
+            temperature=temperature,
             calculate_entropy=calculate_entropy,
             return_model_output=True,
             global_batch_size=len(sequences),
@@ -229,15 +234,13 @@ class TrainingEngine:
         )
 
 
-def _actor_config(config: RunConfig) -> Any:
-    """verl's own description of the method's policy loss."""
+def _actor_config(method: Method, sequences: int) -> Any:
+    """verl's own description of the method's policy loss over one mini-step."""
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
-    method: Method = config.method
-    sequences = config.rollout.prompts * config.rollout.responses // config.training.mini_steps
     return FSDPActorConfig(
         strategy="fsdp2",
-        rollout_n=config.rollout.responses,
+        rollout_n=1,  # read by verl's trainer, not by its loss
         ppo_mini_batch_size=sequences,
         ppo_micro_batch_size_per_gpu=sequences,
         use_dynamic_bsz=True,

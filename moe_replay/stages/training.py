@@ -94,7 +94,8 @@ def _prepare(engine: TrainingEngine, run: Run, samples: list[Sample], archive: R
     ]
     mask_NS = pad_sequence([torch.ones(len(s.response_ids), dtype=torch.bool) for s in samples], batch_first=True)
     rollout_NS = pad_sequence([torch.tensor(sample.log_probs) for sample in samples], batch_first=True)
-    old = engine.score(sequences, captured if method.route_source == "rollout" else None)
+    routes = captured if method.route_source == "rollout" else None
+    old = engine.score(sequences, routes, run.config.rollout.temperature)
     importance_NS, metrics = _mismatch(run.config, old.log_probs_NS, rollout_NS, mask_NS)
     replayed = captured if method.route_source == "rollout" else None
     if method.route_source == "old_log_prob":
@@ -119,6 +120,8 @@ def _mini_step(engine: TrainingEngine, config: RunConfig, batch: Batch, step: in
         batch.old.log_probs_NS[part],
         batch.advantages_NS[part],
         batch.importance_NS[part] if batch.importance_NS is not None else None,
+        config.method,
+        config.rollout.temperature,
     )
     width = seen.log_probs_NS.shape[1]
     health = policy_health(

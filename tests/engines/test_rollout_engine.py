@@ -12,7 +12,7 @@ import pytest
 from models import greedy, reference, same_sets, write_perturbed
 from training_calls import make_config, random_batch
 
-from moe_replay.config import RolloutConfig, RunConfig
+from moe_replay.config import RolloutConfig, TrainingConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
 from moe_replay.engines.pool import EnginePool
@@ -54,7 +54,7 @@ def perturbed(assets, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pool(perturbed, tmp_path_factory) -> Iterator[EnginePool]:
     """Engines that start from the perturbed model."""
-    pool = EnginePool(perturbed, "perturbed", RunConfig(rollout=CONFIG), tmp_path_factory.mktemp("logs"))
+    pool = EnginePool(perturbed, "perturbed", CONFIG, TrainingConfig(), tmp_path_factory.mktemp("logs"))
     yield pool
     pool.close()
 

@@ -46,6 +46,7 @@ class Bench:
 
         torch.set_num_threads(1)
         self.engine: TrainingEngine | None = None
+        self.config = make_config()
 
     @property
     def held(self) -> "TrainingEngine":
@@ -80,7 +81,8 @@ def open_model(bench: Bench, progress: Progress, model: Path, config: RunConfig)
     """Build an engine in place of the one before; returns (E, K, layers)."""
     from moe_replay.engines.training import TrainingEngine
 
-    bench.engine = TrainingEngine(model, "initial", config)
+    bench.config = config
+    bench.engine = TrainingEngine(model, "initial", config.training)
     return bench.engine.num_experts, bench.engine.top_k, bench.engine.layers
 
 
@@ -96,13 +98,14 @@ def save(bench: Bench, progress: Progress, folder: Path) -> None:
 
 
 def score(bench: Bench, progress: Progress, batch: Batch, routes: list[RoutingTrace] | None) -> Seen:
-    return _seen(bench.held.score(_sequences(batch), routes), batch)
+    return _seen(bench.held.score(_sequences(batch), routes, bench.config.rollout.temperature), batch)
 
 
 def step(bench: Bench, progress: Progress, batch: Batch, routes: list[RoutingTrace] | None) -> Seen:
     importance = None if batch.importance_NS is None else torch.from_numpy(batch.importance_NS)
     old, advantages = torch.from_numpy(batch.old_NS), torch.from_numpy(batch.advantages_NS)
-    return _seen(bench.held.step(_sequences(batch), routes, old, advantages, importance), batch)
+    settings = (bench.config.method, bench.config.rollout.temperature)
+    return _seen(bench.held.step(_sequences(batch), routes, old, advantages, importance, *settings), batch)
 
 
 def name_of_weights(bench: Bench, progress: Progress) -> str | None:

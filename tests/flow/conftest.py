@@ -24,7 +24,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def prefect_api(home: Path, assets: EmbeddedAssets) -> Iterator[str]:
-    """URL of a Prefect server's API; commands started by the tests use it. Stopped by its own process id."""
+    """URL of a Prefect server's API. Stopped by its own process id."""
     port = free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}/api"
@@ -40,9 +40,15 @@ def prefect_api(home: Path, assets: EmbeddedAssets) -> Iterator[str]:
                 assert server.poll() is None, (home / "prefect-server.log").read_text()
                 assert time.monotonic() < deadline, "the Prefect server did not start within 120 s"
                 time.sleep(0.3)
-        os.environ["PREFECT_API_URL"] = url
         yield url
     finally:
-        os.environ.pop("PREFECT_API_URL", None)
         server.terminate()
         server.wait(30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_for_commands(prefect_api: str) -> Iterator[None]:
+    """The commands that a module's tests start use the server; other folders' tests never hear of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", prefect_api)
+        yield

@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -18,8 +20,7 @@ from mlflow import MlflowClient
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import TIMING_FILE
 from moe_replay.methods import PRESETS
-
-pytestmark = pytest.mark.usefixtures("prefect_api")
+from moe_replay.stages.results import iteration_metrics
 
 EXACT = {**SMALL, "rollout.dtype": "float32"}
 STAGES = {"rollout", "routes", "training", "evaluation"}
@@ -36,13 +37,16 @@ def exact_run(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> tup
 
 @pytest.fixture(scope="module")
 def each_method(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> dict[str, dict[str, Any]]:
-    """What the command says of two iterations of each method: same id, seed and settings, another root."""
-    said = {}
-    for method in PRESETS:
-        root = tmp_path_factory.mktemp(method).as_uri()
-        command = ("run", f"--method={method}", "--run-id=small", "--iterations=2", f"--root={root}")
-        said[method] = run_json(*command, settings=SMALL)
-    return said
+    """What two iterations of each method gave: same id, seed, settings and engines, another root."""
+    program = [sys.executable, str(Path(__file__).with_name("methods_in_turn.py"))]
+    words = [str(tmp_path_factory.mktemp("methods")), json.dumps(SMALL)]
+    process = subprocess.run([*program, *words], capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    done = json.loads(process.stdout.splitlines()[-1])
+    return {
+        method: {**run, "iterations": [iteration_metrics(RunStore(run["root"], "small"), n) for n in (0, 1)]}
+        for method, run in done.items()
+    }
 
 
 @pytest.mark.parametrize("method", PRESETS)
@@ -58,13 +62,15 @@ def test_each_method_trains_two_iterations(method: str, each_method: dict[str, d
         assert 0 <= metrics["eval/addition/avg_at_n"] <= 1
         # 1 in 13 rows has no route: the last token of each sequence was never fed.
         assert 0 < metrics["routing/missing_fraction"] < 0.1
-    assert run_json("archive", "verify", "small", f"--root={said['root']}")["problems"] == []
 
 
 def test_methods_differ_where_they_should_and_nowhere_else(each_method: dict[str, dict[str, Any]]) -> None:
     first = {method: said["iterations"][0] for method, said in each_method.items()}
     stores = {method: RunStore(said["root"], "small") for method, said in each_method.items()}
 
+    for method, store in stores.items():
+        found = [store.commit_of(stage, n) for stage in STAGES for n in (0, 1)]
+        assert [problem for ref in found if ref for problem in store.verify(ref)] == [], method
     # The first rollout is the same: same weights, prompts and seeds.
     assert len({store.commit_of("rollout", 0) for store in stores.values()}) == 1
     trained = {}
@@ -93,16 +99,7 @@ def test_replaying_the_rollout_cuts_the_mismatch_to_a_third(tmp_path: Path) -> N
     assert p90["grpo"] > 3 * p90["r3"]
 
 
-def test_same_seed_twice_gives_the_same_bytes(exact_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    folder, said = exact_run
-
-    again = run_json("run", "--run-id=exact", "--iterations=2", f"--root={tmp_path.as_uri()}", settings=EXACT)
-
-    assert committed_bytes(tmp_path / "exact") == committed_bytes(folder)
-    assert without_clock(again["iterations"]) == without_clock(said["iterations"])
-
-
-def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage(
+def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage_and_gives_the_same_bytes(
     exact_run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     root = tmp_path.as_uri()
@@ -118,6 +115,7 @@ def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage(
     assert psutil.wait_procs(engines, timeout=10)[1] == [], "engines outlived the process that drove them"
     assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "a committed stage ran again"
     assert committed_bytes(tmp_path / "exact") == committed_bytes(exact_run[0])
+    assert without_clock(said["iterations"]) == without_clock(exact_run[1]["iterations"])
     assert mlflow_steps(said["mlflow_run_id"], "mismatch/kl_k3") == [0, 1]
 
 

@@ -1,0 +1,98 @@
+"""Entry point of the command line, and the commands that have no group."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from cyclopts import App
+from rich.markup import escape
+from rich.table import Table
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.cli.archive import archive
+from moe_replay.cli.console import Json, Root, err, out, root_of
+from moe_replay.cli.training import resume, run
+from moe_replay.environment import make_home, set_defaults
+from moe_replay.errors import ConfigError, ReplayError
+
+app = App(name="moe-replay", help="Reinforcement learning for Mixture-of-Experts models with routing replay.")
+data = App(name="data", help="Make prompt files in verl's schema.")
+app.command(run)
+app.command(resume)
+app.command(archive)
+app.command(data)
+
+
+def main() -> None:
+    """Entry point; exits with 2 for what the user has to change, 1 for what went wrong on the way."""
+    set_defaults()
+    try:
+        app()
+    except ConfigError as error:
+        err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except ReplayError as error:
+        err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        # All is closed by now; Prefect's threads would go on sending events to the server that was stopped.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+
+@app.command
+def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
+    """Show which stages of each iteration are committed, from storage alone."""
+    store = RunStore(root_of(root), run_id)
+    store.read_run()
+    stages = [stage for iteration in store.iterations() for stage in store.status(iteration)]
+    stages = [stage for stage in stages if stage.stage != "predictor"]
+    if json_:
+        rows = [
+            {"iteration": s.iteration, "stage": s.stage, "state": s.state, "bytes": s.bytes, "seconds": s.seconds}
+            for s in stages
+        ]
+        print(json.dumps({"run_id": run_id, "root": root_of(root), "stages": rows}))
+        return
+    table = Table(title=f"run {run_id}", title_justify="left")
+    for heading in ("iteration", "stage", "state", "bytes", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("stage", "state") else "right")
+    for s in stages:
+        seconds = "-" if s.seconds is None else f"{s.seconds:.2f}"
+        table.add_row(str(s.iteration), s.stage, s.state, f"{s.bytes:,}" if s.bytes else "-", seconds)
+    out.print(table)
+
+
+@data.command(name="reasoning-gym")
+def reasoning_gym(task: str, out: Path, *, size: int = 512, seed: int = 0) -> None:
+    """Write problems of a reasoning-gym task as a Parquet file in verl's schema.
+
+    Parameters
+    ----------
+    task
+        Name of the task, for example chain_sum.
+    out
+        The file to write.
+    size
+        Number of problems.
+    seed
+        Seed of the generator; use another one for a benchmark.
+    """
+    from moe_replay.data.reasoning import write_parquet
+
+    # Packages that reasoning-gym needs are compiled on first import, and the compiler complains of their style.
+    warnings.simplefilter("ignore", SyntaxWarning)
+    write_parquet(task, out, size, seed)
+    told = f"wrote {size} problems of {task} to {out}; train on them with --set data.train={out}"
+    out.print(escape(told), highlight=False, soft_wrap=True)
+
+
+@app.command
+def ui(*, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
+    """Start the MLflow UI and the Prefect server on loopback, until interrupted."""
+    from moe_replay.servers import serve
+
+    serve(make_home(), mlflow_port, prefect_port, out)

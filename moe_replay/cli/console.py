@@ -1,0 +1,29 @@
+"""What all commands share: the consoles, common options, and how this command is called."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from moe_replay.config import parse_config, run_root
+
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+Root = Annotated[str | None, Parameter(name="--root")]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def root_of(root: str | None) -> str:
+    """The URL under which runs lie: `root` where given, else the default; raises ConfigError for an unusable one."""
+    return run_root(parse_config({"storage": {"root": root}}))
+
+
+def command_name() -> str:
+    """How this command is called here: by its name where that is on the PATH, else by its path."""
+    called = Path(sys.argv[0])
+    return called.name if shutil.which(called.name) == str(called.absolute()) else os.path.relpath(called)

@@ -1,0 +1,128 @@
+"""`moe-replay run` and `resume`: the training flow in this process, under a live display."""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
+from moe_replay.config import RunConfig, load_config, parse_override
+from moe_replay.environment import make_home
+from moe_replay.errors import EngineLost
+
+
+def run(
+    config: Path | None = None,
+    *,
+    method: str | None = None,
+    iterations: int | None = None,
+    run_id: str | None = None,
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
+    root: Root = None,
+    json_: Json = False,
+) -> None:
+    """Train a policy with routing replay.
+
+    Parameters
+    ----------
+    config
+        A TOML file; by default the embedded model and task.
+    method
+        grpo, gspo, tis, r2 or r3.
+    iterations
+        Rollout-and-train cycles.
+    run_id
+        Name of the run; a name that exists continues that run.
+    set_
+        A setting as key=value with a dotted key; may be repeated.
+    root
+        fsspec URL under which runs lie.
+    json_
+        Print one JSON object and nothing else.
+    """
+    overrides: dict[str, Any] = {}
+    if method is not None:
+        overrides["method"] = method
+    if iterations is not None:
+        overrides["iterations"] = iterations
+    overrides |= dict(parse_override(text) for text in set_ or [])
+    if root is not None:
+        overrides["storage.root"] = root
+    settings = load_config(config, overrides)
+    if run_id is None:
+        run_id = f"{settings.method.name}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    _train(settings, run_id, json_)
+
+
+def resume(run_id: str, *, root: Root = None, json_: Json = False) -> None:
+    """Continue a run at its first stage that is not committed, with the config it was started with."""
+    from moe_replay.preparation import stored_config
+
+    config = stored_config(RunStore(root_of(root), run_id))
+    storage = config.storage.model_copy(update={"root": root})
+    _train(config.model_copy(update={"storage": storage}), run_id, json_)
+
+
+def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
+    """Run the flow in this process, showing progress on standard error when standard output is for a program."""
+    from moe_replay.preparation import preflight
+
+    # Before Prefect is imported: that takes seconds, and wants to make its home.
+    preflight(config, run_id)
+    # The display and our own errors tell what Prefect would log here; its own interface still shows every line.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    from moe_replay.servers import prefect_server
+
+    with prefect_server(make_home()) as wait_for_prefect:
+        done = _run_flow(config, run_id, err if as_json else out, wait_for_prefect)
+    store = RunStore(done["root"], run_id)
+    if as_json:
+        from moe_replay.stages.results import iteration_metrics
+
+        print(json.dumps({**done, "iterations": [iteration_metrics(store, n) for n in range(config.iterations)]}))
+        return
+    named = f"{run_id} --root {config.storage.root}" if config.storage.root else run_id
+    out.print(
+        f"\nrun       {run_id}\nartifacts {store.name}\nMLflow    run {done['mlflow_run_id']}\n"
+        f"\nnext:  {command_name()} status {named}\n       {command_name()} archive inspect {named}\n"
+        f"       {command_name()} ui          (MLflow and Prefect in the browser)",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect: Callable[[], None]) -> dict[str, str]:
+    """Prepare the run and start its engines while Prefect's server starts, then run the flow under a live display."""
+    from moe_replay.display import RunDisplay
+    from moe_replay.preparation import prepare
+    from tasks.engines import engines_of
+    from tasks.progress import listening
+    from tasks.reporting import hearing_results
+
+    title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
+    with RunDisplay(console, title) as display, listening(display.on_progress), hearing_results(display.on_result):
+        try:
+            ready = prepare(config, run_id, lambda done, total, what: display.on_progress("prepare", done, total, what))
+            if not ready.is_complete():
+                engines_of(ready).start()
+            display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
+            from flows.train import train
+
+            wait_for_prefect()
+            return train(config, run_id)
+        except KeyboardInterrupt:
+            err.print(f"stopped; what is committed stays: {command_name()} resume {run_id}", highlight=False)
+            raise
+        except TimeoutError as error:
+            raise EngineLost(
+                f"a stage took longer than stages.timeout_seconds = {config.stages.timeout_seconds:g} in each of "
+                f"{config.stages.retries + 1} attempts; raise the limit, then: {command_name()} resume {run_id}"
+            ) from error
