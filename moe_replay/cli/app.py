@@ -17,7 +17,11 @@ from moe_replay.cli.training import resume, run
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, ReplayError
 
-app = App(name="moe-replay", help="Reinforcement learning for Mixture-of-Experts models with routing replay.")
+app = App(
+    name="moe-replay",
+    help="Reinforcement learning for Mixture-of-Experts models with routing replay.",
+    suppress_keyboard_interrupt=False,  # `main` ends what an interrupt leaves
+)
 data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
