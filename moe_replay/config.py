@@ -124,6 +124,10 @@ class StorageConfig(Config):
     """Any fsspec URL (`s3://bucket/runs`, a folder); by default `runs` under MOE_REPLAY_HOME."""
     chunk_tokens: PositiveInt = 65536
     """Tokens per chunk of the routing archive, the least that a partial read touches in one layer."""
+    codec: Literal["expert-set", "zstd"] = "expert-set"
+    """What compresses the routing archive: `expert-set` is smaller, `zstd` any zarr library can read."""
+    keep_order: bool = False
+    """Archive the experts of a token in the engine's order, which takes more space; else by ascending id."""
 
     @model_validator(mode="after")
     def _root_holds_no_credentials(self) -> "StorageConfig":

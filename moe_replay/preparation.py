@@ -79,6 +79,11 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
 def stored_config(store: RunStore) -> RunConfig:
     """The config a run was created with. Raises ConfigError when there is no such run."""
     document = store.read_run()
+    if "imported_routes" in document:
+        raise ConfigError(
+            f"run {store.run_id} holds routes that were imported, nothing to train; see moe-replay archive inspect "
+            f"{store.run_id}"
+        )
     if not isinstance(document.get("config"), dict):
         raise ArchiveCorrupt(f"run.json of {store.name} holds no config; restore it or start a new run")
     return parse_config(document["config"])

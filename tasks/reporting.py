@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.logging.handlers import APILogHandler
 
 from moe_replay.stages.run import Run
 from tasks.progress import artifact_key
@@ -48,3 +49,8 @@ def report_results(run: Run, results: list[dict[str, float]]) -> None:
         create_table_artifact(table=rows, key=artifact_key("results", run.run_id), description=description)
     except Exception as error:
         get_run_logger().warning("the table of results could not be refreshed (%s)", type(error).__name__)
+
+
+def flush_logs() -> None:
+    """Hand what was logged to Prefect's server, as long as there is one; it is sent every other second otherwise."""
+    APILogHandler().flush()

@@ -215,7 +215,7 @@ def test_missing_credentials_are_told(refused, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     message = refused("run", "--root", "s3://bucket/runs", **s3_environment(tmp_path))
-    assert "check the root, the permissions on it and the credentials in the environment" in message
+    assert "no credentials were found: set AWS_ACCESS_KEY_ID" in message
 
 
 @pytest.mark.parametrize("words", [["run"], ["status", "run-1"]], ids=" ".join)
@@ -263,8 +263,8 @@ def test_inspect_counts_tokens_and_tells_where_routes_come_from(command, run):
     }
     assert (shown["captured_rows"], shown["missing_rows"]) == (24, 6)
     assert shown["bytes_per_token"] == shown["bytes"] / 30
-    assert shown["provenance"]["weights_sha256"] == run.model_sha256
-    assert "provenance.weights_sha256" in command("archive", "inspect", "run-1", "--root", run.root).stdout
+    assert shown["provenance"]["origins"][0]["weights_sha256"] == run.model_sha256
+    assert "weights_sha256" in command("archive", "inspect", "run-1", "--root", run.root).stdout
 
 
 @pytest.mark.parametrize(("iteration", "told"), [(3, "no routing archive of iteration 3"), (-1, "is negative")])
@@ -275,7 +275,7 @@ def test_an_iteration_without_archive_is_told(refused, run, iteration, told):
 def test_verify_finds_nothing_wrong_with_what_is_whole(command, run):
     done = command("archive", "verify", "run-1", "--root", run.root, "--json")
     assert done.returncode == 0
-    assert json.loads(done.stdout) == {"run_id": "run-1", "artifacts": 2, "problems": []}
+    assert json.loads(done.stdout) == {"run_id": "run-1", "artifacts": 2, "problems": [], "removed": []}
 
 
 def test_verify_lists_every_damaged_object(command, run, tmp_path):

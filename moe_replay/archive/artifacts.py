@@ -37,6 +37,8 @@ class StageStatus:
     """From begin to commit, None when unknown."""
     finished: datetime | None
     """When it was committed, None when unknown."""
+    expired_bytes: int = 0
+    """Size of the committed objects that retention removed."""
 
 
 class RunStore:
@@ -56,6 +58,11 @@ class RunStore:
     def name(self) -> str:
         """The run folder's URL, without credentials."""
         return self._run.name
+
+    @property
+    def folder(self) -> Storage:
+        """The run's folder."""
+        return self._run
 
     def probe_writable(self) -> None:
         """Write and remove a small object under the root; raises ConfigError when that is not allowed."""
@@ -104,7 +111,7 @@ class RunStore:
         return document
 
     def begin(self, stage: str, iteration: int, inputs: Mapping[str, ArtifactRef], config_digest: str) -> StageWriter:
-        """Start writing a stage, clearing what a dead attempt left; raises ConfigError if it is committed."""
+        """Start writing a stage, whatever others left or still write; raises ConfigError if it is committed."""
         uri = self.layout.stage(iteration, stage)
         if self.commit_of(stage, iteration) is not None:
             raise ConfigError(
@@ -120,7 +127,7 @@ class RunStore:
         """The stage's commit if it is there and made from these inputs and this configuration; else None.
 
         Raises ConfigError for a commit of other inputs or configuration, ArchiveCorrupt when an object is missing or
-        truncated. Contents are checked when they are read.
+        truncated, other than by retention. Contents are checked when they are read.
         """
         ref = self.commit_of(stage, iteration)
         if ref is None:
@@ -164,7 +171,7 @@ class RunStore:
         return artifact
 
     def verify(self, ref: ArtifactRef) -> list[str]:
-        """Everything that is wrong with an artifact's objects, one line each; re-reads them all."""
+        """Everything that is wrong with an artifact's objects, one line each; re-reads all that retention left."""
         try:
             return self.open(ref).problems()
         except ArchiveCorrupt as error:
@@ -187,7 +194,10 @@ class RunStore:
             seconds, finished = timing_of((self._run / ref.uri).read(TIMING_FILE))
         except FileNotFoundError:
             seconds, finished = None, None
-        return StageStatus(iteration, stage, "committed", self.open(ref).commit.num_bytes, seconds, finished)
+        artifact = self.open(ref)
+        num_bytes = artifact.commit.num_bytes
+        expired_bytes = num_bytes - sum(stored.size for stored in artifact.kept)
+        return StageStatus(iteration, stage, "committed", num_bytes, seconds, finished, expired_bytes)
 
     def _require_in_place(self, ref: ArtifactRef, commit: Commit) -> None:
         place = RunLayout.place_of(ref.uri)

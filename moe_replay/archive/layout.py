@@ -17,9 +17,13 @@ TIMING_FILE = "_timing.json"
 ATTEMPT_FILE = "_attempt.json"
 RESERVED_FILES = frozenset({COMMIT_FILE, TIMING_FILE, ATTEMPT_FILE})
 """Names in a stage's folder that are the archive's own and never an object of the stage."""
+CHECKPOINT_FOLDER = "checkpoint"
+"""Folder of the checkpoint within a training artifact."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ITERATION = re.compile(r"[0-9]{5,}")
+_ATTEMPT = re.compile(rf"_attempt-({'|'.join(STAGES)})-[0-9a-f]{{32}}")
+_PLACEMENT = re.compile(r"_objects-[0-9a-f]{64}\.json")
 
 
 def check_run_id(run_id: str) -> str:
@@ -40,9 +44,25 @@ def check_object_path(path: str) -> str:
     parts = path.split("/")
     if "\\" in path or any(part in ("", ".", "..") for part in parts) or not path.isprintable() or ":" in parts[0]:
         raise ValueError(f"object path {path[:200]!r} is not a relative path inside the artifact's folder")
-    if path in RESERVED_FILES:
+    if path in RESERVED_FILES or _PLACEMENT.fullmatch(path):
         raise ValueError(f"object path {path!r} is reserved for the archive itself")
     return path
+
+
+def attempt_folder(stage: str, attempt: str) -> str:
+    """Name, beside the stage's folder, of the folder that one attempt (32 hexadecimal digits) writes to."""
+    return f"_attempt-{stage}-{attempt}"
+
+
+def attempted_stage(folder: str) -> str | None:
+    """The stage that an attempt's folder name is of, or None when it is not one."""
+    match = _ATTEMPT.fullmatch(folder)
+    return match and match[1]
+
+
+def placement_file(sha256: str) -> str:
+    """Name, in the stage's folder, of the object that says where the objects of commit `sha256` lie."""
+    return f"_objects-{sha256}.json"
 
 
 @dataclass(frozen=True)

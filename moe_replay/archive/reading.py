@@ -9,9 +9,10 @@ from pathlib import Path
 
 from moe_replay.archive.commits import ArtifactRef, Commit, StoredObject, sha256_hex
 from moe_replay.archive.layout import COMMIT_FILE
+from moe_replay.archive.placement import Expiry, Placement
 from moe_replay.archive.storage import Storage
 from moe_replay.archive.zarr_stores import VerifyingStore
-from moe_replay.errors import ArchiveCorrupt
+from moe_replay.errors import ArchiveCorrupt, ConfigError
 
 _PARALLEL_OBJECTS = 8
 
@@ -19,15 +20,20 @@ _PARALLEL_OBJECTS = 8
 class Artifact:
     """One committed artifact, opened for reading."""
 
-    def __init__(self, ref: ArtifactRef, commit: Commit, storage: Storage) -> None:
+    def __init__(self, ref: ArtifactRef, commit: Commit, stage: Storage, placement: Placement) -> None:
         self.ref = ref
         self.commit = commit
-        self._storage = storage
+        self.placement = placement
+        self._stage = stage
+        self._storage = placement.objects_of(stage)
         self._manifest = {stored.path: stored for stored in commit.objects}
 
     @classmethod
     def open(cls, storage: Storage, ref: ArtifactRef) -> "Artifact":
-        """Open the artifact in `storage`; raises ArchiveCorrupt unless its commit is the one `ref` names."""
+        """Open the artifact whose stage's folder is `storage`.
+
+        Raises ArchiveCorrupt unless its commit is the one `ref` names.
+        """
         try:
             data = storage.read(COMMIT_FILE)
         except FileNotFoundError as error:
@@ -40,45 +46,67 @@ class Artifact:
                 f"object {storage.name}/{COMMIT_FILE} is not the one referred to: expected sha256 {ref.sha256}, found "
                 f"{sha256_hex(data)}; restore it, or delete what was made from it and resume the run"
             )
-        return cls(ref, Commit.from_bytes(data, f"{storage.name}/{COMMIT_FILE}"), storage)
+        commit = Commit.from_bytes(data, f"{storage.name}/{COMMIT_FILE}")
+        return cls(ref, commit, storage, Placement.read(storage, ref.sha256))
 
     @property
     def name(self) -> str:
         """Where the artifact is, for messages."""
-        return self._storage.name
+        return self._stage.name
+
+    @property
+    def expiry(self) -> Expiry | None:
+        """Which objects retention removed, None for none."""
+        return self.placement.expiry
+
+    @property
+    def kept(self) -> list[StoredObject]:
+        """The objects that retention did not remove."""
+        return [stored for stored in self.commit.objects if not self.placement.lacks(stored.path)]
 
     def read_bytes(self, path: str) -> bytes:
-        """One whole object; raises ArchiveCorrupt unless it is exactly what was committed."""
+        """One whole object.
+
+        Raises ArchiveCorrupt unless it is exactly what was committed, ConfigError when retention removed it.
+        """
         expected = self._manifest.get(path)
         if expected is None:
             raise ArchiveCorrupt(
                 f"artifact {self.name} holds no object {path[:200]!r}; "
                 f"it has {len(self._manifest)}: {', '.join(list(self._manifest)[:8])}"
             )
+        self._require_kept([expected])
         try:
             data = self._storage.read(path)
         except FileNotFoundError:
             data = None
-        return expected.checked(self.name, data)
+        return expected.checked(self._storage.name, data)
 
     def zarr_store(self, subpath: str) -> VerifyingStore:
-        """A read-only zarr store over the objects below `subpath` that checks every object it reads."""
+        """A read-only zarr store over the objects below `subpath` that checks every object it reads.
+
+        Raises ConfigError when retention removed any of them.
+        """
+        self._require_kept([stored for stored in self.commit.objects if stored.path.startswith(f"{subpath}/")])
         store = self._storage.zarr_store(subpath).with_read_only(True)
-        return VerifyingStore(store, subpath, self._manifest, self.name)
+        return VerifyingStore(store, subpath, self._manifest, self._storage.name)
 
     def problems(self) -> list[str]:
-        """Re-read every object; what is missing, truncated or altered, one line each."""
-        return self._problems_at(self._storage, self.commit.objects)
+        """Re-read every object that retention left; what is missing, truncated or altered, one line each."""
+        return self._problems_at(self._storage, self.kept)
 
     def require_present(self) -> None:
-        """Raise ArchiveCorrupt unless every object is there in its size; contents are checked when they are read.
+        """Raise ArchiveCorrupt unless every object is there in its size, but for those that retention removed.
 
-        One listing: skipping a committed stage must not cost a read of its checkpoint.
+        One listing: skipping a committed stage must not cost a read of its checkpoint. Contents are checked when they
+        are read.
         """
         sizes = self._storage.sizes()
         problems = [
-            stored.problem(self.name, None if stored.path not in sizes else (sizes[stored.path], stored.sha256))
-            for stored in self.commit.objects
+            stored.problem(
+                self._storage.name, None if stored.path not in sizes else (sizes[stored.path], stored.sha256)
+            )
+            for stored in self.kept
         ]
         if found := [problem for problem in problems if problem]:
             raise ArchiveCorrupt("\n".join(found))
@@ -88,11 +116,12 @@ class Artifact:
 
         Paths in it are the objects' own. Local artifacts stay in place; others are downloaded whole or not at all
         into a folder of `cache_dir` named by the reference's sha256. Raises ArchiveCorrupt with everything that is
-        wrong.
+        wrong, ConfigError when retention removed what is wanted.
         """
         wanted = [stored for stored in self.commit.objects if not below or stored.path.startswith(f"{below}/")]
         if below and not wanted:
             raise ArchiveCorrupt(f"artifact {self.name} holds no object below {below!r}; it is of another stage")
+        self._require_kept(wanted)
         local = self._storage.local_folder
         if local is not None:
             self._require(self._storage, wanted)
@@ -125,6 +154,16 @@ class Artifact:
             list(pool.map(fetch, wanted))
         self._require(Storage.at(str(folder)), wanted)
 
+    def _require_kept(self, wanted: Sequence[StoredObject]) -> None:
+        expiry = self.placement.expiry
+        lacking = [stored.path for stored in wanted if self.placement.lacks(stored.path)]
+        if expiry and lacking:
+            raise ConfigError(
+                f"{len(lacking)} objects of {self.name}, {lacking[0]} among them, were removed by retention on "
+                f"{expiry.on:%Y-%m-%d} ({expiry.why}); the commit and its metrics stay, what was removed can only be "
+                "made again by a new run"
+            )
+
     def _require(self, storage: Storage, wanted: Sequence[StoredObject]) -> None:
         problems = self._problems_at(storage, wanted)
         if problems:
@@ -140,7 +179,7 @@ class Artifact:
             found = storage.digest(stored.path)
         except FileNotFoundError:
             found = None
-        return stored.problem(self.name, found)
+        return stored.problem(self._storage.name, found)
 
 
 def _move_into_place(partial: Path, kept: Path) -> None:

@@ -1,6 +1,15 @@
-"""Writing an artifact: objects first, under keys that depend on nothing but the stage, then one commit."""
+"""Writing an artifact: objects first, into a folder that no other writer knows, then one commit.
 
+Writers share nothing until they commit, so neither one that was given up and still writes nor two at once can harm
+what another committed. On a local disk the whole folder is renamed into place. Elsewhere an object beside the commit
+says where its objects lie (`placement`) and the commit is put if absent: of two writers the second is refused. A store
+without conditional put lets both put when neither saw the other's commit; then the later commit stands, whole, and
+what was made from the earlier is refused when it is read. What never got committed is removed by `retention`.
+"""
+
+import errno
 import json
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -17,8 +26,9 @@ from moe_replay.archive.commits import (
     canonical_json,
     sha256_hex,
 )
-from moe_replay.archive.layout import ATTEMPT_FILE, COMMIT_FILE, TIMING_FILE, check_object_path
-from moe_replay.archive.storage import Storage
+from moe_replay.archive.layout import ATTEMPT_FILE, COMMIT_FILE, TIMING_FILE, attempt_folder, check_object_path
+from moe_replay.archive.placement import Placement
+from moe_replay.archive.storage import Storage, storage_errors
 from moe_replay.archive.zarr_stores import HashingStore
 from moe_replay.errors import ConfigError
 
@@ -38,22 +48,28 @@ class StageKey:
 class StageWriter:
     """Writes one attempt at one stage; nothing of it is visible before `commit` returns.
 
-    Of several writers of one stage the last to begin may commit; the others are refused when they try.
+    Of several writers of one stage the first to commit wins; the others are refused when they try.
     """
 
-    def __init__(self, storage: Storage, key: StageKey) -> None:
-        """Clear what an uncommitted earlier attempt left in `storage`, the stage's folder, and take it over."""
+    def __init__(self, stage: Storage, key: StageKey) -> None:
+        """Start an attempt beside `stage`, the stage's folder, which has no commit; raises as `write_bytes` does.
+
+        Raises ConfigError when that folder could not be moved into place later.
+        """
         self.key = key
-        self._storage = storage
+        self._stage = stage
+        self._attempt = attempt_folder(key.stage, uuid.uuid4().hex)
+        self._storage = stage.beside(self._attempt)
         self._written: dict[str, StoredObject] = {}
-        self._attempt = canonical_json({"attempt": uuid.uuid4().hex})
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
-        # Looked at right before it is cleared: what is committed meanwhile is never removed.
-        if COMMIT_FILE in storage.sizes():
-            raise self._refused()
-        storage.remove_all()
-        storage.write(ATTEMPT_FILE, self._attempt)
+        if stage.local_folder is not None and (found := stage.sizes()):
+            raise ConfigError(
+                f"{stage.name} holds {len(found)} objects, {min(found)} among them, and a stage is moved there whole; "
+                "wait if another runner just committed it, else delete the folder, then resume the run"
+            )
+        # Shows who is at work, and finds out early whether anything can be written.
+        self._storage.write(ATTEMPT_FILE, canonical_json({"began": self._started.isoformat(timespec="seconds")}))
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write one object."""
@@ -78,8 +94,8 @@ class StageWriter:
     ) -> ArtifactRef:
         """Make everything written visible at once.
 
-        Raises ConfigError when another writer took the stage over or committed it, and ValueError (pydantic's)
-        for metrics that are not finite or are wall-clock times.
+        Raises ConfigError when another writer committed the stage or objects of this one were removed, and ValueError
+        (pydantic's) for metrics that are not finite or are wall-clock times.
         """
         commit = Commit(
             format_version=FORMAT_VERSION,
@@ -92,45 +108,72 @@ class StageWriter:
             metrics=dict(metrics or {}),
             attributes=dict(attributes or {}),
         )
-        self._require_own_attempt()
-        self._write_timing()
-        self._put_commit(commit.to_bytes())
+        data = commit.to_bytes()
+        ref = ArtifactRef(uri=self.key.uri, sha256=sha256_hex(data))
+        self._require_written()
         self._storage.remove(ATTEMPT_FILE)
-        return ArtifactRef(uri=self.key.uri, sha256=sha256_hex(commit.to_bytes()))
-
-    def _require_own_attempt(self) -> None:
-        try:
-            attempt = self._storage.read(ATTEMPT_FILE)
-        except FileNotFoundError:
-            attempt = b""
-        sizes = self._storage.sizes()
-        ours = attempt == self._attempt and all(
-            sizes.get(path) == stored.size for path, stored in self._written.items()
-        )
-        if COMMIT_FILE in sizes or not ours:
+        folder, place = self._storage.local_folder, self._stage.local_folder
+        if folder is None or place is None:
+            Placement(folder=self._attempt).write(self._stage, ref.sha256)
+            self._write_timing(self._stage)
+            committed = _created(self._stage, data)
+        else:
+            self._write_timing(self._storage)
+            self._storage.write(COMMIT_FILE, data)
+            committed = _moved(folder, place)
+        # A put whose answer was lost is tried again by the store's client and then meets itself.
+        if not committed and self._stage.read(COMMIT_FILE) != data:
             raise self._refused()
+        return ref
 
-    def _put_commit(self, data: bytes) -> None:
-        try:
-            self._storage.create(COMMIT_FILE, data)
-        except FileExistsError as error:
-            # A put whose answer was lost is tried again by the store's client and then meets itself.
-            if self._storage.read(COMMIT_FILE) != data:
-                raise self._refused() from error
+    def _require_written(self) -> None:
+        """Refuse early when the stage is committed, and when a cleaner took this attempt for a dead one."""
+        if COMMIT_FILE in self._stage.sizes():
+            raise self._refused()
+        sizes = self._storage.sizes()
+        missing = [path for path, stored in self._written.items() if sizes.get(path) != stored.size]
+        if missing:
+            raise ConfigError(
+                f"{len(missing)} of {len(self._written)} objects that were written to {self._storage.name} are gone or "
+                f"of another size, {missing[0]} among them; nothing was committed: let nothing else write or clean "
+                "there, then resume the run"
+            )
 
-    def _write_timing(self) -> None:
+    def _write_timing(self, storage: Storage) -> None:
         times = {
             "started": self._started.isoformat(timespec="milliseconds"),
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seconds": round(time.monotonic() - self._clock, 3),
         }
-        self._storage.write(TIMING_FILE, canonical_json(times))
+        storage.write(TIMING_FILE, canonical_json(times))
 
     def _refused(self) -> ConfigError:
         return ConfigError(
-            f"{self._storage.name} was taken over by another writer while this one wrote {len(self._written)} objects; "
+            f"{self._stage.name} was committed by another writer while this one wrote {len(self._written)} objects; "
             f"run {self.key.run_id} must have one runner at a time: stop the other, then resume the run"
         )
+
+
+def _created(stage: Storage, data: bytes) -> bool:
+    """Put the commit; false when the stage has one already."""
+    try:
+        stage.create(COMMIT_FILE, data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _moved(attempt: Path, stage: Path) -> bool:
+    """Make a local attempt's folder the stage's; false when something lies there already."""
+    with storage_errors(f"writing {stage}", creating=True):
+        try:
+            # Of folders only an empty one is replaced.
+            os.rename(attempt, stage)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+    return True
 
 
 def timing_of(timing: bytes) -> tuple[float | None, datetime | None]:

@@ -11,8 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.cli.archive import archive
-from moe_replay.cli.console import Json, Root, err, out, root_of
+from moe_replay.cli.archive import inspect, verify
+from moe_replay.cli.console import Json, Root, err, root_of
+from moe_replay.cli.console import out as console
+from moe_replay.cli.diff import diff
+from moe_replay.cli.exchange import export, import_
+from moe_replay.cli.gc import gc
 from moe_replay.cli.training import resume, run
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, ReplayError
@@ -22,10 +26,17 @@ app = App(
     help="Reinforcement learning for Mixture-of-Experts models with routing replay.",
     suppress_keyboard_interrupt=False,  # `main` ends what an interrupt leaves
 )
+archive = App(name="archive", help="Look into routing archives, compare and exchange them, and remove what has served.")
 data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
 app.command(archive)
+archive.command(inspect)
+archive.command(verify)
+archive.command(diff)
+archive.command(export)
+archive.command(import_, name="import")
+archive.command(gc)
 app.command(data)
 
 
@@ -56,18 +67,28 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
     stages = [stage for stage in stages if stage.stage != "predictor"]
     if json_:
         rows = [
-            {"iteration": s.iteration, "stage": s.stage, "state": s.state, "bytes": s.bytes, "seconds": s.seconds}
+            {
+                "iteration": s.iteration,
+                "stage": s.stage,
+                "state": s.state,
+                "bytes": s.bytes,
+                "expired_bytes": s.expired_bytes,
+                "seconds": s.seconds,
+                "finished": s.finished.isoformat() if s.finished else None,
+            }
             for s in stages
         ]
         print(json.dumps({"run_id": run_id, "root": root_of(root), "stages": rows}))
         return
     table = Table(title=f"run {run_id}", title_justify="left")
-    for heading in ("iteration", "stage", "state", "bytes", "seconds"):
+    for heading in ("iteration", "stage", "state", "bytes", "expired", "seconds"):
         table.add_column(heading, justify="left" if heading in ("stage", "state") else "right")
     for s in stages:
         seconds = "-" if s.seconds is None else f"{s.seconds:.2f}"
-        table.add_row(str(s.iteration), s.stage, s.state, f"{s.bytes:,}" if s.bytes else "-", seconds)
-    out.print(table)
+        table.add_row(
+            str(s.iteration), s.stage, s.state, *(f"{n:,}" if n else "-" for n in (s.bytes, s.expired_bytes)), seconds
+        )
+    console.print(table)
 
 
 @data.command(name="reasoning-gym")
@@ -91,7 +112,7 @@ def reasoning_gym(task: str, out: Path, *, size: int = 512, seed: int = 0) -> No
     warnings.simplefilter("ignore", SyntaxWarning)
     write_parquet(task, out, size, seed)
     told = f"wrote {size} problems of {task} to {out}; train on them with --set data.train={out}"
-    out.print(escape(told), highlight=False, soft_wrap=True)
+    console.print(escape(told), highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -99,4 +120,4 @@ def ui(*, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
     """Start the MLflow UI and the Prefect server on loopback, until interrupted."""
     from moe_replay.servers import serve
 
-    serve(make_home(), mlflow_port, prefect_port, out)
+    serve(make_home(), mlflow_port, prefect_port, console)

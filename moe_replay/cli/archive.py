@@ -1,9 +1,8 @@
-"""`moe-replay archive`: look at the routing archive of a run."""
+"""`moe-replay archive inspect` and `verify`: look at what a run holds."""
 
 import json
 import sys
 
-from cyclopts import App
 from rich.markup import escape
 from rich.table import Table
 
@@ -13,10 +12,7 @@ from moe_replay.archive.routes import RouteArchive, verify_routes
 from moe_replay.cli.console import Json, Root, out, root_of
 from moe_replay.errors import ConfigError, ReplayError
 
-archive = App(name="archive", help="Look at the routing archive of a run.")
 
-
-@archive.command
 def inspect(run_id: str, *, iteration: int | None = None, root: Root = None, json_: Json = False) -> None:
     """Show what the routing archive of an iteration (by default the last) holds, and where it comes from."""
     summary = open_archive(RunStore(root_of(root), run_id), iteration).summary().model_dump(mode="json")
@@ -26,31 +22,39 @@ def inspect(run_id: str, *, iteration: int | None = None, root: Root = None, jso
     table = Table(title=f"routes of run {run_id}, iteration {summary['provenance']['iteration']}", title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
+    provenance = summary.pop("provenance")
     for name, value in summary.items():
-        for key, inner in value.items() if isinstance(value, dict) else [(name, value)]:
-            shown = f"{inner:.2f}" if isinstance(inner, float) else str(inner)
-            table.add_row(key if name != "provenance" else f"provenance.{key}", shown)
+        table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+    table.add_row("row groups", str(len(provenance["row_groups"])))
+    for number, origin in enumerate(provenance["origins"], start=1):
+        table.add_section()
+        for name, value in origin.items():
+            shown = "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            table.add_row(f"origin {number} {name}", shown)
     out.print(table)
 
 
-@archive.command
 def verify(run_id: str, *, root: Root = None, json_: Json = False) -> None:
     """Re-read every object of a run and check checksums and invariants; exit code 1 when something is wrong."""
     store = RunStore(root_of(root), run_id)
     store.read_run()
-    checked, problems = 0, []
+    checked, problems, removed = 0, [], []
     for iteration in store.iterations():
         for stage in STAGES:
             found = _problems(store, stage, iteration)
             checked += found is not None
             problems += found or []
+            removed += _removed(store, stage, iteration) if found == [] else []
     if json_:
-        print(json.dumps({"run_id": run_id, "artifacts": checked, "problems": problems}))
+        print(json.dumps({"run_id": run_id, "artifacts": checked, "problems": problems, "removed": removed}))
     elif problems:
         for problem in problems:
             out.print(f"[red]wrong[/]: {escape(problem)}", highlight=False, soft_wrap=True)
     else:
         out.print(f"all {checked} artifacts of run {run_id} are as committed")
+    if removed and not json_:
+        for told in removed:
+            out.print(f"[dim]not there[/]: {escape(told)}", highlight=False, soft_wrap=True)
     if problems:
         sys.exit(1)
 
@@ -73,7 +77,17 @@ def _problems(store: RunStore, stage: str, iteration: int) -> list[str] | None:
         ref = store.commit_of(stage, iteration)
         if ref is None:
             return None
-        problems = store.verify(ref)
-        return problems or (verify_routes(store.open(ref)) if stage == "routes" else [])
+        problems, artifact = store.verify(ref), store.open(ref)
+        readable = stage == "routes" and artifact.expiry is None
+        return problems or (verify_routes(artifact) if readable else [])
     except ReplayError as error:
         return [str(error)]
+
+
+def _removed(store: RunStore, stage: str, iteration: int) -> list[str]:
+    """What retention took of one stage's artifact, which is no fault of it."""
+    ref = store.commit_of(stage, iteration)
+    expiry = store.open(ref).expiry if ref is not None else None
+    if ref is None or expiry is None:
+        return []
+    return [f"{ref.uri}/{expiry.below or ''}: removed by retention on {expiry.on:%Y-%m-%d} ({expiry.why})"]

@@ -15,7 +15,9 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 Root = Annotated[str | None, Parameter(name="--root")]
 
 out = Console()
+"""Standard output, for results."""
 err = Console(stderr=True)
+"""Standard error, for what a program that reads the results must not see."""
 
 
 def root_of(root: str | None) -> str:

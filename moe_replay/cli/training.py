@@ -88,7 +88,7 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
 
         print(json.dumps({**done, "iterations": [iteration_metrics(store, n) for n in range(config.iterations)]}))
         return
-    named = f"{run_id} --root {config.storage.root}" if config.storage.root else run_id
+    named = _named(config, run_id)
     out.print(
         f"\nrun       {run_id}\nartifacts {store.name}\nMLflow    run {done['mlflow_run_id']}\n"
         f"\nnext:  {command_name()} status {named}\n       {command_name()} archive inspect {named}\n"
@@ -105,7 +105,7 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
     from moe_replay.preparation import prepare
     from tasks.engines import engines_of
     from tasks.progress import listening
-    from tasks.reporting import hearing_results
+    from tasks.reporting import flush_logs, hearing_results
 
     title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
     with RunDisplay(console, title) as display, listening(display.on_progress), hearing_results(display.on_result):
@@ -117,12 +117,22 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
             from flows.train import train
 
             wait_for_prefect()
-            return train(config, run_id)
+            try:
+                return train(config, run_id)
+            finally:
+                flush_logs()
         except KeyboardInterrupt:
-            err.print(f"stopped; what is committed stays: {command_name()} resume {run_id}", highlight=False)
+            go_on = f"stopped; what is committed stays: {command_name()} resume {_named(config, run_id)}"
+            err.print(go_on, highlight=False, markup=False, soft_wrap=True)
             raise
         except TimeoutError as error:
             raise EngineLost(
                 f"a stage took longer than stages.timeout_seconds = {config.stages.timeout_seconds:g} in each of "
-                f"{config.stages.retries + 1} attempts; raise the limit, then: {command_name()} resume {run_id}"
+                f"{config.stages.retries + 1} attempts; raise the limit, then: {command_name()} "
+                f"resume {_named(config, run_id)}"
             ) from error
+
+
+def _named(config: RunConfig, run_id: str) -> str:
+    """The run as a command has to name it."""
+    return f"{run_id} --root {config.storage.root}" if config.storage.root else run_id

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_replay.config import RolloutConfig
+from moe_replay.engines.gates import digest_gates
 from moe_replay.engines.process import Progress
 from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace, refuse_dead_capture
@@ -77,6 +78,9 @@ class RolloutEngine:
         self.num_experts = int(model_config.get_num_experts())
         self.top_k = int(model_config.get_num_experts_per_tok())
         self.layers = tuple(self._llm.collective_rpc("moe_replay_router_layers")[0])
+        # From the files: vLLM's CPU kernels pack the weights they hold beyond recognition.
+        self.gates_sha256 = digest_gates(model, self.layers)
+        """Which router weights are loaded; none when they can't be told."""
 
     @property
     def version(self) -> str:
@@ -93,6 +97,7 @@ class RolloutEngine:
             return
         self.weights = None
         self._llm.collective_rpc("moe_replay_load", args=(str(folder),))
+        self.gates_sha256 = digest_gates(folder, self.layers)
         self.weights = weights
 
     def generate(self, requests: Sequence[Request], temperature: float, progress: Progress) -> list[Response]:

@@ -16,7 +16,10 @@ def topk_agreement(one_TLK: Tensor, other_TLK: Tensor) -> Tensor:
 
     PR2, section 5.4 (arXiv 2606.00395).
     """
-    hits_TLK = (one_TLK[..., :, None] == other_TLK[..., None, :]).any(-1)
+    hits_TLK = torch.zeros(one_TLK.shape, dtype=torch.bool, device=one_TLK.device)
+    # By column: comparing all pairs at once would take K times the memory of the routes.
+    for other_TL in other_TLK.unbind(-1):
+        hits_TLK |= one_TLK == other_TL[..., None]
     return hits_TLK.float().mean(-1)
 
 
@@ -58,14 +61,18 @@ def extreme_fraction(train_NS: Tensor, rollout_NS: Tensor, mask_NS: Tensor) -> f
     return (extreme_NS & mask_NS).sum().item() / max(int(mask_NS.sum()), 1)
 
 
-def load_imbalance(ids_TLK: Tensor, num_experts: int) -> float:
-    """Most loaded expert over the mean load of its layer, averaged over layers; 1 is perfect balance."""
-    if ids_TLK.numel() == 0:
-        return 1.0
+def expert_load(ids_TLK: Tensor, num_experts: int) -> Tensor:
+    """How many tokens each expert serves in each layer. -> int64 [L, E]."""
     loads = [
         torch.bincount(layer_TK.flatten().to(torch.int64), minlength=num_experts) for layer_TK in ids_TLK.unbind(1)
     ]
-    return sum(load.max().item() / load.float().mean().item() for load in loads) / len(loads)
+    return torch.stack(loads)
+
+
+def load_imbalance(load_LE: Tensor) -> float:
+    """Most loaded expert over the mean load of its layer, averaged over layers; 1 is perfect balance."""
+    mean_L = load_LE.double().mean(-1)
+    return (load_LE.amax(-1)[mean_L > 0] / mean_L[mean_L > 0]).mean().item() if mean_L.any() else 1.0
 
 
 def policy_health(

@@ -38,7 +38,10 @@ class RoutingTrace:
     """
 
     ids_TLK: RouteIds
-    """Expert ids in the engine's order, unsorted; zeros in missing rows. uint8 up to 256 experts, else uint16."""
+    """Expert ids; zeros in missing rows. uint8 up to 256 experts, else uint16.
+
+    A row is a set: a fresh capture has the engine's order, an archive gives ids ascending unless it kept that order.
+    """
     valid_T: npt.NDArray[np.bool_]
     """False where no route was captured: the row is missing, and its zeros name no expert."""
     num_experts: int

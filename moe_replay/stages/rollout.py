@@ -87,6 +87,8 @@ def _origin(engine: "RolloutEngine", run: Run, policy: ArtifactRef) -> dict:
         "engine_version": engine.version,
         "dtype": run.config.rollout.dtype,
         "weights_sha256": policy.sha256,
+        "gates_sha256": engine.gates_sha256,
+        "predictor_sha256": None,
         "num_experts": engine.num_experts,
         "top_k": engine.top_k,
         "layers": list(engine.layers),

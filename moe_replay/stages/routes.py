@@ -16,6 +16,8 @@ def archive_routes(run: Run, iteration: int, rollout: ArtifactRef) -> ArtifactRe
     writer = run.store().begin("routes", iteration, {"rollout": rollout}, run.digest("routes"))
     artifact = run.open(rollout)
     sequences = ((sample.trace, sample.token_digest) for sample in read_samples(artifact))
-    provenance = write_routes(writer, sequences, route_origin(artifact), run.config.storage.chunk_tokens)
-    tokens = provenance.captured_rows + provenance.missing_rows
-    return writer.commit(metrics={}, attributes={"tokens": tokens, "missing_rows": provenance.missing_rows})
+    storage = run.config.storage
+    provenance = write_routes(
+        writer, sequences, route_origin(artifact), storage.chunk_tokens, storage.codec, storage.keep_order
+    )
+    return writer.commit(attributes={"tokens": provenance.tokens, "missing_rows": provenance.missing_rows})

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict
 
 from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.commits import ArtifactRef
+from moe_replay.archive.layout import CHECKPOINT_FOLDER
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.errors import ConfigError
 from moe_replay.seeds import derive_seed
 
-CHECKPOINT_FOLDER = "checkpoint"
 """Folder of the checkpoint within a training artifact."""
 _INITIAL = "model://initial"
 

@@ -18,7 +18,8 @@ from moe_replay.archive.routes import RouteOrigin, token_digest
 from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace, route_dtype
 
-PART_ROWS = 4096
+PART_ROWS = 64
+"""Samples in one object: what reading holds in memory at a time."""
 
 SCHEMA = pa.schema(
     {

@@ -40,11 +40,13 @@ def test_nothing_is_visible_before_the_commit(store):
     assert store.find("rollout", 0, {}, "d") is None
 
 
-def test_an_uncommitted_attempts_leftovers_are_gone_after_a_retry(store):
+def test_what_an_uncommitted_attempt_left_is_no_part_of_the_artifact(store):
     store.begin("evaluation", 0, {}, "d").write_bytes("leftover", b"x")
     artifact = store.open(commit_scores(store))
     assert [stored.path for stored in artifact.commit.objects] == ["parts/summary.json", "scores.parquet"]
     assert "leftover" not in (Storage.at(store.name) / "iterations/00000/evaluation").sizes()
+    with pytest.raises(ArchiveCorrupt, match="no object 'leftover'"):
+        artifact.read_bytes("leftover")
 
 
 def test_a_committed_stage_is_found_by_its_inputs_and_config(store):
@@ -71,7 +73,7 @@ def test_a_committed_stage_is_not_written_again(store):
         store.begin("evaluation", 0, {}, "d")
 
 
-def test_a_writer_that_was_taken_over_is_refused(store):
+def test_a_writer_whose_stage_another_committed_is_refused(store):
     first = store.begin("evaluation", 0, {}, "d")
     first.write_bytes("scores.parquet", b"first")
     ref = commit_scores(store, data=b"other")
@@ -80,12 +82,21 @@ def test_a_writer_that_was_taken_over_is_refused(store):
     assert store.open(ref).read_bytes("scores.parquet") == b"other"
 
 
-def test_a_writer_whose_stage_another_is_writing_is_refused(store):
-    first = store.begin("evaluation", 0, {}, "d")
-    second = store.begin("evaluation", 0, {}, "d")
+def test_of_two_writers_the_first_to_commit_wins(store):
+    first, second = store.begin("evaluation", 0, {}, "d"), store.begin("evaluation", 0, {}, "d")
+    second.write_bytes("scores.parquet", b"second")
+    first.write_bytes("scores.parquet", b"first")
+    ref = first.commit()
     with pytest.raises(ConfigError, match="one runner at a time"):
-        first.commit()
-    assert store.open(second.commit()).commit.objects == ()
+        second.commit()
+    assert store.open(ref).read_bytes("scores.parquet") == b"first"
+
+
+def test_what_a_writer_writes_after_another_committed_harms_nothing(store):
+    late = store.begin("evaluation", 0, {}, "d")
+    ref = commit_scores(store)
+    late.write_bytes("scores.parquet", b"from a paused machine")
+    assert store.verify(ref) == []
 
 
 def test_a_commit_object_is_never_overwritten(store):
@@ -99,11 +110,28 @@ def test_a_commit_object_is_never_overwritten(store):
     assert folder.read("_committed.json") == b"another writer's"
 
 
-def test_a_commit_whose_answer_was_lost_is_not_refused_by_itself(store):
+def test_a_writer_whose_objects_were_cleaned_away_commits_nothing(store):
     writer = store.begin("evaluation", 0, {}, "d")
-    folder = Storage.at(store.name) / "iterations/00000/evaluation"
-    folder.create("_committed.json", b"mine")
-    writer._put_commit(b"mine")
+    writer.write_bytes("scores.parquet", b"x")
+    for path in (Storage.at(store.name) / "iterations").sizes():
+        (Storage.at(store.name) / "iterations").remove(path)
+    with pytest.raises(ConfigError, match=r"1 of 1 objects .*scores\.parquet"):
+        writer.commit()
+    assert store.commit_of("evaluation", 0) is None
+
+
+def test_a_folder_that_an_artifact_could_not_be_moved_to_is_refused_before_any_work(local_store, tmp_path):
+    ref = commit_scores(local_store)
+    (tmp_path / "run-1" / ref.uri / "_committed.json").unlink()
+    with pytest.raises(ConfigError, match="delete the folder"):
+        local_store.begin("evaluation", 0, {}, "d")
+
+
+def test_a_local_artifact_lies_whole_in_its_stages_folder(local_store, tmp_path):
+    commit_scores(local_store)
+    (stage,) = (tmp_path / "run-1/iterations/00000").iterdir()
+    files = {path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()}
+    assert files == {"_committed.json", "_timing.json", "parts/summary.json", "scores.parquet"}
 
 
 def test_commit_bytes_depend_on_nothing_but_the_content(tmp_path):
@@ -172,6 +200,25 @@ def test_every_flipped_byte_of_a_commit_is_found_without_a_reference(local_store
             local_store.commit_of("evaluation", 0)
 
 
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"folder": "../other"}', b'{"folder": "rollout"}', b'{"new": 1}'])
+def test_a_placement_that_leads_elsewhere_is_refused(store, data):
+    ref = commit_scores(store)
+    store.folder.write(f"{ref.uri}/_objects-{ref.sha256}.json", data)
+    with pytest.raises(ArchiveCorrupt, match="nothing readable of where"):
+        store.open(ref)
+
+
+def test_a_placement_of_another_attempt_gives_no_wrong_bytes():
+    store = RunStore("memory://misplaced", "run-1")
+    ref, other = commit_scores(store), commit_scores(store, iteration=1, data=b"others")
+    folder = store.open(other).placement.folder
+    for path, data in (("scores.parquet", b"SCORES"), ("parts/summary.json", b"{}")):
+        store.folder.write(f"iterations/00000/{folder}/{path}", data)
+    store.open(other).placement.write(store.folder / ref.uri, ref.sha256)
+    with pytest.raises(ArchiveCorrupt, match=r"scores\.parquet was altered"):
+        store.open(ref).read_bytes("scores.parquet")
+
+
 def test_a_commit_moved_from_another_iteration_is_refused(local_store, tmp_path):
     ref = commit_scores(local_store, iteration=1)
     os.rename(tmp_path / "run-1/iterations/00001", tmp_path / "run-1/iterations/00002")
@@ -220,7 +267,7 @@ def test_a_commit_of_another_format_is_refused(local_store, tmp_path, changes):
         local_store.commit_of("evaluation", 0)
 
 
-@pytest.mark.parametrize("path", ["/abs", "../up", "_committed.json", "_timing.json", ""])
+@pytest.mark.parametrize("path", ["/abs", "../up", "_committed.json", "_timing.json", f"_objects-{'a' * 64}.json", ""])
 def test_a_writer_refuses_paths_outside_its_folder(local_store, path):
     with pytest.raises(ValueError, match="object path"):
         local_store.begin("rollout", 0, {}, "d").write_bytes(path, b"")
@@ -280,7 +327,8 @@ def test_a_damaged_copy_in_the_cache_is_downloaded_again(tmp_path):
 def test_a_damaged_remote_artifact_leaves_no_copy(tmp_path):
     store = RunStore("memory://damaged", "run-1")
     ref = commit_scores(store)
-    fsspec.filesystem("memory").pipe_file("/damaged/run-1/iterations/00000/evaluation/scores.parquet", b"SCORES")
+    (stored,) = fsspec.filesystem("memory").glob("/damaged/run-1/iterations/00000/*/scores.parquet")
+    fsspec.filesystem("memory").pipe_file(stored, b"SCORES")
     with pytest.raises(ArchiveCorrupt, match=r"scores\.parquet was altered"):
         store.open(ref).localize(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_replay.routing.metrics import (
     agreement_metrics,
+    expert_load,
     extreme_fraction,
     load_imbalance,
     policy_health,
@@ -93,7 +94,7 @@ def test_without_tokens_nothing_is_claimed():
     nothing = torch.zeros(0, 2, 2, dtype=torch.int64)
     assert agreement_metrics(nothing, nothing) == {}
     assert router_mismatch_metrics(nothing, nothing) == {}
-    assert load_imbalance(nothing, 4) == 1.0
+    assert load_imbalance(expert_load(nothing, 4)) == 1.0
 
 
 def test_a_token_is_extreme_when_its_ratio_passes_two_either_way():
@@ -109,14 +110,14 @@ def test_an_empty_mask_has_no_extreme_token():
 
 def test_load_is_compared_with_the_mean_over_all_experts_of_each_layer():
     even = torch.tensor([[[0, 1], [0, 1]], [[2, 3], [2, 3]]])
-    assert load_imbalance(even, 4) == 1.0
+    assert load_imbalance(expert_load(even, 4)) == 1.0
     one_layer_collapsed = torch.tensor([[[0, 1], [0, 1]], [[2, 3], [0, 1]]])
-    assert load_imbalance(one_layer_collapsed, 4) == pytest.approx((1 + 2) / 2)
+    assert load_imbalance(expert_load(one_layer_collapsed, 4)) == pytest.approx((1 + 2) / 2)
 
 
 def test_load_counts_ids_as_narrow_as_they_are_stored():
     ids = torch.full((300, 1, 1), 255, dtype=torch.uint8)
-    assert load_imbalance(ids, 256) == 256
+    assert load_imbalance(expert_load(ids, 256)) == 256
 
 
 def health(ratios, advantages, mask=None, whole_sequences=False):
@@ -175,22 +176,22 @@ def documented_keys() -> set[str]:
 
 
 def logged_keys() -> set[str]:
-    """Metric keys in the code of the stages: whole literals, and those that `_prefixed` puts together."""
-    from moe_replay.stages import evaluation, results, rollout, training
+    """Metric keys in the code of the stages: whole literals, and those that `prefixed` puts together."""
+    from moe_replay.stages import evaluation, old_log_probs, results, rollout, training
 
     pair, one = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1)
     made = {
         "health": policy_health(one, one, one, one.bool(), (0.2, 0.2), whole_sequences=False),
         "agreement_metrics": agreement_metrics(pair, pair),
-        "router_mismatch_metrics": router_mismatch_metrics(pair, pair),
+        "router_mismatch": router_mismatch_metrics(pair, pair),
     }
     keys = set()
-    for stage in (evaluation, results, rollout, training):
+    for stage in (evaluation, old_log_probs, results, rollout, training):
         for node in ast.walk(ast.parse(inspect.getsource(stage))):
             text = re.sub(r"\{.*?\}", "*", ast.unparse(node).removeprefix("f")[1:-1]) if _is_text(node) else ""
             if re.fullmatch(r"(mismatch|routing|policy|reward|response|eval|archive|time)/[a-z0-9_/*]*[a-z0-9*]", text):
                 keys.add(text)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "_prefixed":
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "prefixed":
                 prefix, metrics = node.args
                 parts = metrics.keys if isinstance(metrics, ast.Dict) else []
                 names = [ast.literal_eval(part) for part in parts if part is not None]

@@ -228,3 +228,10 @@ def test_data_that_changes_while_the_run_goes_on_is_refused(config, tmp_path):
     addition.write_parquet(tmp_path / "train.parquet", addition.split_problems(16, 4, seed=1).train, "train")
     with pytest.raises(ConfigError, match="the run was prepared with"):
         run.train.open()
+
+
+def test_a_run_of_imported_routes_has_nothing_to_resume(tmp_path):
+    store = RunStore(str(tmp_path), "mydump")
+    store.create_run({"imported_routes": {"num_experts": 8, "top_k": 2, "layers": [0]}})
+    with pytest.raises(ConfigError, match="holds routes that were imported, nothing to train"):
+        stored_config(store)

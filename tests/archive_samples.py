@@ -35,16 +35,17 @@ def digests_of(traces) -> list[bytes]:
     return [token_digest(np.arange(trace.num_tokens) + i) for i, trace in enumerate(traces)]
 
 
-def commit_routes(store: RunStore, traces, origin=None, iteration=0, chunk_tokens=65536) -> ArtifactRef:
+def commit_routes(store: RunStore, traces, origin=None, iteration=0, chunk_tokens=65536, **options) -> ArtifactRef:
     writer = store.begin("routes", iteration, {}, DIGEST)
     sequences = zip(traces, digests_of(traces), strict=True)
-    write_routes(writer, sequences, origin or origin_of(), chunk_tokens)
+    write_routes(writer, sequences, origin or origin_of(), chunk_tokens, **options)
     return writer.commit()
 
 
 def same(a: RoutingTrace, b: RoutingTrace) -> bool:
+    """Whether both name the same sets of experts for the same tokens."""
     return (
-        np.array_equal(a.ids_TLK, b.ids_TLK)
+        np.array_equal(np.sort(a.ids_TLK, axis=-1), np.sort(b.ids_TLK, axis=-1))
         and a.ids_TLK.dtype == b.ids_TLK.dtype
         and np.array_equal(a.valid_T, b.valid_T)
         and (a.num_experts, a.layers) == (b.num_experts, b.layers)

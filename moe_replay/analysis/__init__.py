@@ -1,0 +1,1 @@
+"""What archives tell when they are laid side by side."""

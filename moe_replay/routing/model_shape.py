@@ -1,0 +1,41 @@
+"""What routes a model makes, from its config alone: it is built without weights, and its routers are looked up."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe_replay.errors import ConfigError
+from moe_replay.routing.discovery import find_routers
+
+
+class RouterShape(NamedTuple):
+    """The routers of a model."""
+
+    layers: tuple[int, ...]
+    """Decoder layer index of each MoE layer, ascending."""
+    num_experts: int
+    top_k: int
+    decoder_layers: int
+    """All layers, dense ones included."""
+
+
+def router_shape(folder: Path) -> RouterShape:
+    """The routers of the model whose config.json lies in `folder`; no weights are read, no code of the model's is run.
+
+    Raises ConfigError when there is no such config, or the model is dense or of a family that can't be replayed.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder} gives no model that can be built ({type(error).__name__}); name a folder with the config.json "
+            "of a Hugging Face model, or say which layers have experts and how many"
+        ) from error
+    routers = find_routers(model)[1]
+    layers = tuple(router.layer for router in routers)
+    decoder_layers = int(config.get_text_config().num_hidden_layers)
+    return RouterShape(layers, routers[0].num_experts, routers[0].top_k, decoder_layers)

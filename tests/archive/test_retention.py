@@ -1,0 +1,299 @@
+"""Cleaning a run: what goes, what stays, and that a run goes on after it."""
+
+import os
+import time
+import uuid
+from datetime import timedelta
+
+import pytest
+from archive_samples import DIGEST, commit_routes, make_trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_replay.archive.artifacts import ArtifactRef, RunStore
+from moe_replay.archive.layout import STAGES, placement_file
+from moe_replay.archive.retention import Retention, find_probes, find_removable, remove, runs_under
+from moe_replay.archive.routes import RouteArchive
+from moe_replay.archive.storage import Storage
+from moe_replay.errors import ConfigError
+
+NO_GRACE = timedelta(0)
+KEEP_ALL = Retention()
+STAGE_OBJECTS = {
+    "rollout": {"part-00000.parquet": b"rows"},
+    "routes": {"routes/zarr.json": b"{}", "routes/ids/c/0/0/0": b"ids"},
+    "training": {"checkpoint/model": b"weights", "checkpoint/huggingface/config.json": b"{}", "metrics.json": b"{}"},
+    "evaluation": {"scores.parquet": b"scores"},
+}
+
+
+def commit_stage(store, iteration, stage, inputs) -> ArtifactRef:
+    writer = store.begin(stage, iteration, inputs, DIGEST)
+    for path, data in STAGE_OBJECTS[stage].items():
+        writer.write_bytes(path, data + str(iteration).encode())
+    return writer.commit(metrics={f"{stage}/iteration": iteration})
+
+
+def inputs_of(refs, iteration, stage):
+    policy = {"policy": refs[iteration - 1, "training"]} if iteration else {}
+    match stage:
+        case "rollout":
+            return policy
+        case "routes":
+            return {"rollout": refs[iteration, "rollout"]}
+        case "training":
+            return {**policy, "rollout": refs[iteration, "rollout"], "routes": refs[iteration, "routes"]}
+        case _:
+            return {"policy": refs[iteration, "training"]}
+
+
+def commit_run(store, num_stages=16) -> dict[tuple[int, str], ArtifactRef]:
+    """A run of which the first so many stages are committed, four an iteration."""
+    store.create_run({"seed": 1})
+    refs = {}
+    for iteration, stage in [(n, stage) for n in range(9) for stage in STAGE_OBJECTS][:num_stages]:
+        refs[iteration, stage] = commit_stage(store, iteration, stage, inputs_of(refs, iteration, stage))
+    return refs
+
+
+def root_of(store) -> str:
+    return store.name.rsplit("/", 1)[0]
+
+
+def clean(store, retention=KEEP_ALL, grace=NO_GRACE) -> list[str]:
+    found = find_removable(store, retention, grace).removable
+    for removable in found:
+        remove(root_of(store), removable)
+    return [removable.name for removable in found]
+
+
+def listing(store):
+    return store.folder.files()
+
+
+def test_a_run_without_leftovers_is_left_as_it_is(store):
+    commit_run(store)
+    before = listing(store)
+    assert clean(store) == []
+    assert listing(store) == before
+
+
+def test_a_search_changes_nothing(store):
+    commit_run(store)
+    store.begin("evaluation", 4, {}, DIGEST).write_bytes("scores.parquet", b"half")
+    before = listing(store)
+    found = find_removable(store, Retention(NO_GRACE, 1, True), NO_GRACE).removable
+    assert len(found) > 5
+    assert listing(store) == before
+
+
+def test_a_dead_attempt_is_found_with_its_bytes_and_removed(store):
+    commit_run(store, 3)
+    before = listing(store)
+    store.begin("evaluation", 0, {}, DIGEST).write_bytes("scores.parquet", b"half")
+    (found,) = find_removable(store, grace=NO_GRACE).removable
+    assert found.name.startswith("run-1/iterations/00000/_attempt-evaluation-")
+    assert found.why == "no commit refers to it"
+    assert sorted(path.rsplit("/", 1)[1] for path in found.paths) == ["_attempt.json", "scores.parquet"]
+    assert found.bytes > 4
+    remove(root_of(store), found)
+    assert listing(store) == before
+
+
+def test_a_young_attempt_is_protected_with_all_it_wrote(local_store, tmp_path):
+    local_store.create_run({})
+    writer = local_store.begin("evaluation", 0, {}, DIGEST)
+    writer.write_bytes("old", b"written two hours ago")
+    (old,) = tmp_path.rglob("old")
+    os.utime(old, (time.time() - 7200,) * 2)
+    findings = find_removable(local_store)
+    assert findings.removable == []
+    assert "perhaps by a live writer" in findings.left_alone[0]
+    for path in old.parent.iterdir():
+        os.utime(path, (time.time() - 3700,) * 2)
+    assert len(find_removable(local_store).removable) == 1
+
+
+def test_a_writer_that_wakes_after_its_attempt_was_found_keeps_what_it_commits():
+    store = RunStore(f"memory://{uuid.uuid4().hex}", "run-1")
+    store.create_run({})
+    writer = store.begin("evaluation", 0, {}, DIGEST)
+    writer.write_bytes("scores.parquet", b"x")
+    (found,) = find_removable(store, grace=NO_GRACE).removable
+    ref = writer.commit()
+    remove(root_of(store), found)
+    assert store.verify(ref) == []
+
+
+def test_objects_around_a_damaged_commit_are_kept_for_its_repair(local_store, tmp_path):
+    refs = commit_run(local_store, 3)
+    (tmp_path / "run-1" / refs[0, "training"].uri / "_committed.json").write_bytes(b"damaged")
+    before = listing(local_store)
+    findings = find_removable(local_store, Retention(keep_iterations=1), NO_GRACE)
+    assert findings.removable == []
+    assert "damaged" in findings.left_alone[0]
+    assert listing(local_store) == before
+
+
+def test_objects_that_a_lost_placement_no_longer_points_to_are_kept():
+    store = RunStore(f"memory://{uuid.uuid4().hex}", "run-1")
+    refs = commit_run(store, 3)
+    ref = refs[0, "training"]
+    placement = store.open(ref).placement
+    store.folder.remove(f"{ref.uri}/{placement_file(ref.sha256)}")
+    assert store.verify(ref) != []
+    assert clean(store) == []
+    placement.write(store.folder / ref.uri, ref.sha256)
+    assert store.verify(ref) == []
+
+
+def test_foreign_files_and_folders_are_not_looked_at(local_store, tmp_path):
+    commit_run(local_store, 3)
+    for name in ("run-1/notes.txt", "run-1/iterations/plots/a.png", "run-1/iterations/00000/notes/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    assert clean(local_store) == []
+
+
+def test_dead_probes_of_the_root_are_found(store):
+    root = Storage.at(root_of(store))
+    root.write(f"_probe-{'a' * 32}", b"moe-replay\n")
+    root.write("_probe-of-mine", b"")
+    assert find_probes(root_of(store)).removable == []
+    (probe,) = find_probes(root_of(store), NO_GRACE).removable
+    remove(root_of(store), probe)
+    assert list(root.files()) == ["_probe-of-mine"]
+
+
+def test_runs_are_told_by_their_document(store):
+    commit_run(store, 1)
+    RunStore(root_of(store), "no-run").folder.write("iterations/00000/x", b"")
+    assert runs_under(root_of(store)) == ["run-1"]
+
+
+def test_of_older_iterations_the_objects_go_and_the_commits_stay(store):
+    refs = commit_run(store)
+    assert len(clean(store, Retention(keep_iterations=2))) == 6
+    for (iteration, stage), ref in refs.items():
+        artifact = store.open(ref)
+        assert artifact.commit.metrics == {f"{stage}/iteration": iteration}
+        assert store.verify(ref) == []
+        is_gone = iteration < 2 and stage != "evaluation"
+        assert (artifact.kept == []) == is_gone
+        if is_gone:
+            assert "not of the last 2 iterations" in str(artifact.expiry)
+    objects = [path.rsplit("/", 1)[1] for path in listing(store) if path < "iterations/00002"]
+    assert sorted(name for name in objects if not name.startswith("_")) == ["scores.parquet"] * 2
+
+
+def test_an_expired_artifact_says_when_and_why_it_went(store, tmp_path):
+    refs = commit_run(store)
+    clean(store, Retention(keep_iterations=1))
+    artifact = store.open(refs[0, "training"])
+    reads = [
+        lambda: artifact.read_bytes("metrics.json"),
+        lambda: artifact.localize(tmp_path / "cache", "checkpoint"),
+        lambda: store.open(refs[0, "routes"]).zarr_store("routes"),
+    ]
+    for read in reads:
+        with pytest.raises(ConfigError, match=r"removed by retention on 20..-..-.. \(not of the last 1 iterations\)"):
+            read()
+
+
+def test_expired_routes_are_no_damage(store):
+    store.create_run({})
+    ref = commit_routes(store, [make_trace(3)])
+    commit_stage(store, 1, "training", {})
+    clean(store, Retention(keep_iterations=1))
+    assert store.verify(ref) == []
+    with pytest.raises(ConfigError, match="removed by retention"):
+        RouteArchive.open(store.open(ref))
+
+
+def test_the_status_of_an_expired_stage_tells_what_is_gone(store):
+    commit_run(store)
+    clean(store, Retention(keep_last_checkpoint=True))
+    status = {stage.stage: stage for stage in store.status(0)}
+    assert status["training"].state == "committed"
+    assert status["training"].bytes - status["training"].expired_bytes == len(b"{}0")
+    assert status["rollout"].expired_bytes == 0
+
+
+def test_of_checkpoints_the_last_is_kept_and_of_others_the_rest(store, tmp_path):
+    refs = commit_run(store)
+    names = clean(store, Retention(keep_last_checkpoint=True))
+    assert names == [f"run-1/iterations/0000{n}/training/checkpoint" for n in range(3)]
+    assert store.open(refs[0, "training"]).read_bytes("metrics.json") == b"{}0"
+    store.open(refs[3, "training"]).localize(tmp_path / "cache", "checkpoint")
+    assert clean(store, Retention(keep_last_checkpoint=True)) == []
+    assert len(clean(store, Retention(keep_iterations=1, keep_last_checkpoint=True))) == 9
+
+
+def test_age_is_that_of_the_commit(local_store, tmp_path):
+    refs = commit_run(local_store)
+    old = tmp_path / "run-1" / refs[0, "rollout"].uri / "_committed.json"
+    os.utime(old, (time.time() - 40 * 86400,) * 2)
+    (found,) = find_removable(local_store, Retention(older_than=timedelta(days=30))).removable
+    assert (found.name, found.why) == ("run-1/iterations/00000/rollout", "committed more than 30 days ago")
+
+
+def test_folders_that_became_empty_go_too(local_store, tmp_path):
+    refs = commit_run(local_store)
+    clean(local_store, Retention(keep_iterations=1))
+    left = sorted(path.name for path in (tmp_path / "run-1" / refs[0, "training"].uri).iterdir())
+    assert left == ["_committed.json", "_objects-" + refs[0, "training"].sha256 + ".json", "_timing.json"]
+
+
+@pytest.mark.parametrize("num_stages", range(1, 13))
+def test_a_run_stopped_after_any_stage_goes_on_after_the_strictest_cleaning(tmp_path, num_stages):
+    store = RunStore(f"memory://{uuid.uuid4().hex}", "run-1")
+    refs = commit_run(store, num_stages)
+    clean(store, Retention(NO_GRACE, 1, True))
+    for (iteration, stage), ref in refs.items():
+        assert store.find(stage, iteration, inputs_of(refs, iteration, stage), DIGEST) == ref
+    # The next stage opens what it is made from.
+    iteration, stage = num_stages // 4, list(STAGE_OBJECTS)[num_stages % 4]
+    for name, ref in inputs_of(refs, iteration, stage).items():
+        store.open(ref).localize(tmp_path / "cache", "checkpoint" if name == "policy" else "")
+    commit_stage(store, iteration, stage, inputs_of(refs, iteration, stage))
+
+
+leftovers = st.lists(
+    st.tuples(st.integers(0, 4), st.sampled_from(STAGES), st.sampled_from(["attempt", "stray", "partial", "pointer"])),
+    max_size=6,
+)
+retentions = st.builds(Retention, st.none() | st.just(NO_GRACE), st.none() | st.integers(1, 4), st.booleans())
+
+
+def leave(store, iteration, stage, kind) -> None:
+    """What a writer that died at some moment leaves, in a stage that is committed or not."""
+    attempt = f"_attempt-{stage}-{uuid.uuid4().hex}"
+    name = {
+        "attempt": f"{attempt}/checkpoint/model",
+        "stray": f"{stage}/routes/ids/c/9",
+        "partial": f"{stage}/._committed.json.{uuid.uuid4().hex}",
+        "pointer": f"{stage}/_objects-{'f' * 64}.json",
+    }[kind]
+    store.folder.write(f"iterations/{iteration:05d}/{name}", b"leftover")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 16), leftovers, retentions, st.booleans())
+def test_nothing_that_a_commit_refers_to_ever_goes_unasked(tmp_path_factory, num_stages, left, retention, remote):
+    root = f"memory://{uuid.uuid4().hex}" if remote else str(tmp_path_factory.mktemp("cleaned"))
+    store = RunStore(root, "run-1")
+    refs = commit_run(store, num_stages)
+    committed = listing(store)
+    for leftover in left:
+        leave(store, *leftover)
+    clean(store)
+    assert listing(store) == committed
+
+    clean(store, retention)
+    assert clean(store, retention) == []
+    newest = max((iteration for iteration, stage in refs if stage == "training"), default=0)
+    for (iteration, stage), ref in refs.items():
+        assert store.find(stage, iteration, inputs_of(refs, iteration, stage), DIGEST) == ref
+        assert store.verify(ref) == []
+        if iteration >= newest or stage == "evaluation":
+            assert store.open(ref).expiry is None

@@ -1,0 +1,412 @@
+"""Routes to files and back: our own exports, and dumps of vLLM, SGLang and verl."""
+
+import base64
+import json
+import uuid
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from archive_samples import DIGEST, batches, make_trace, origin_of, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.routes import RouteArchive, RoutedSequence, token_digest, verify_routes, write_routes
+from moe_replay.errors import ArchiveCorrupt, ConfigError, ReplayError, RoutingMismatch
+from moe_replay.exchange.exporting import EXPORT_FORMATS, export_routes
+from moe_replay.exchange.foreign_routes import ModelShape
+from moe_replay.exchange.importing import ToldOrigin, import_routes
+from moe_replay.routing.trace import RoutingTrace
+
+MODEL = ModelShape(layers=(1, 2), num_experts=16, top_k=4, decoder_layers=3)
+TOLD = ToldOrigin(source="sglang", engine_version="0.5.6")
+TRACES = [make_trace(n, seed=n, missing=(n - 1,)) for n in (7, 1, 12, 5)]
+NEWER = origin_of().model_copy(update={"weights_sha256": "1" * 64})
+
+
+def fresh_store(run_id="imported") -> RunStore:
+    return RunStore(f"memory://{uuid.uuid4().hex}", run_id)
+
+
+def archive_of(traces, origin=None, chunk_tokens=8, keep_order=False) -> RouteArchive:
+    """An archive whose third sequence changes weights within, and came with padding."""
+    store = fresh_store("run-1")
+    writer = store.begin("routes", 3, {}, DIGEST)
+    sequences = [RoutedSequence(trace, token_digest([i, trace.num_tokens])) for i, trace in enumerate(traces)]
+    if origin is None:
+        sequences[2] = sequences[2]._replace(origins=((5, NEWER),), padded_rows=6)
+    write_routes(writer, sequences, origin or origin_of(), chunk_tokens, keep_order=keep_order)
+    return RouteArchive.open(store.open(writer.commit()))
+
+
+def imported(file, store=None, **options) -> RouteArchive:
+    store = store or fresh_store()
+    archive = RouteArchive.open(store.open(import_routes(store, 0, file, **options)))
+    assert verify_routes(archive.artifact) == []
+    return archive
+
+
+def sequences_of(archive) -> list[RoutingTrace]:
+    return archive.read_sequences(0, archive.num_sequences)
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+@settings(max_examples=8, deadline=None)
+@given(batch=batches(), chunk_tokens=st.sampled_from([1, 5, 65536]))
+def test_an_export_comes_back_as_the_same_routes(tmp_path_factory, form, batch, chunk_tokens):
+    origin, traces = batch
+    file = tmp_path_factory.mktemp("export") / f"routes.{form}"
+    archive = archive_of(traces, origin, chunk_tokens)
+    export_routes(archive, file, form)
+    back = imported(file)
+    assert back.token_digests == archive.token_digests
+    assert all(same(a, b) for a, b in zip(sequences_of(back), traces, strict=True))
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+@pytest.mark.parametrize("lengths", [[], [0], [0, 3, 0], [9, 0]])
+def test_sequences_without_tokens_come_back(tmp_path, form, lengths):
+    traces, file = [make_trace(n) for n in lengths], tmp_path / f"routes.{form}"
+    export_routes(archive_of(traces, origin_of()), file, form)
+    assert [trace.num_tokens for trace in sequences_of(imported(file))] == lengths
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+def test_an_export_keeps_where_its_routes_come_from(tmp_path, form):
+    archive, file = archive_of(TRACES), tmp_path / f"routes.{form}"
+    export_routes(archive, file, form)
+    back = imported(file)
+    tokens = slice(0, archive.num_tokens)
+    assert back.origins_of(tokens) == archive.origins_of(tokens)
+    assert {origin for _, origin in back.origins_of(tokens)} == {origin_of(), NEWER}
+    assert back.provenance.padded_rows == 6
+    note = back.artifact.commit.attributes
+    assert (note["exported_run_id"], note["exported_iteration"], note["imported_file"]) == ("run-1", 3, file.name)
+    assert str(tmp_path) not in back.artifact.commit.to_bytes().decode()
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+def test_the_order_of_experts_survives_where_it_was_kept(tmp_path, form):
+    file = tmp_path / f"routes.{form}"
+    export_routes(archive_of(TRACES, keep_order=True), file, form)
+    back = imported(file)
+    assert back.provenance.order == "engine"
+    assert [t.ids_TLK.tolist() for t in sequences_of(back)] == [t.ids_TLK.tolist() for t in TRACES]
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+def test_some_layers_alone_can_be_exported(tmp_path, form):
+    file = tmp_path / f"routes.{form}"
+    export_routes(archive_of(TRACES), file, form, layers=[5, 1])
+    back = imported(file)
+    assert back.layers == (1, 5)
+    assert all(same(a, b.select_layers([1, 5])) for a, b in zip(sequences_of(back), TRACES, strict=True))
+
+
+def test_layers_that_an_archive_lacks_are_refused(tmp_path):
+    with pytest.raises(RoutingMismatch, match=r"layers \[0, 3\]; it has \(1, 2, 5\)"):
+        export_routes(archive_of(TRACES), tmp_path / "routes.npz", "npz", layers=[0, 1, 3])
+
+
+def test_exports_are_read_by_the_libraries_of_their_formats(tmp_path):
+    archive, whole = archive_of(TRACES, keep_order=True), RoutingTrace.concatenate(TRACES)
+    files = {form: tmp_path / f"routes.{form}" for form in EXPORT_FORMATS}
+    for form, file in files.items():
+        export_routes(archive, file, form)
+    with np.load(files["npz"], allow_pickle=False) as npz:
+        arrays = dict(npz)
+    assert json.loads(arrays.pop("moe_replay").item())["provenance"]["run_id"] == "run-1"
+    tensors = load_file(files["safetensors"])
+    for found in (arrays, tensors):
+        assert np.array_equal(found["ids"], whole.ids_TLK)
+        assert np.array_equal(found["valid"], whole.valid_T)
+        assert found["offsets"].tolist() == [0, 7, 8, 20, 25]
+        assert [row.tobytes() for row in found["token_digests"]] == archive.token_digests
+    rows = pq.read_table(files["parquet"]).to_pylist()
+    assert [row["tokens"] for row in rows] == [7, 1, 12, 5]
+    shape = (12, 3, 4)
+    assert np.array_equal(np.frombuffer(rows[2]["routes"], np.uint8).reshape(shape), TRACES[2].ids_TLK)
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_no_damage_to_an_export_is_imported_silently(tmp_path_factory, form, data):
+    file = tmp_path_factory.mktemp("damaged") / f"routes.{form}"
+    archive = archive_of(TRACES)
+    export_routes(archive, file, form)
+    content = bytearray(file.read_bytes())
+    if data.draw(st.booleans()):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    file.write_bytes(content)
+    store = fresh_store()
+    try:
+        back = imported(file, store)
+    except ReplayError:
+        assert not store.exists()
+        return
+    tokens = slice(0, archive.num_tokens)
+    assert back.origins_of(tokens) == archive.origins_of(tokens)
+    assert back.token_digests == archive.token_digests
+    assert all(same(a, b) for a, b in zip(sequences_of(back), TRACES, strict=True))
+
+
+def test_a_file_that_exists_is_kept_unless_told_otherwise(tmp_path):
+    file, archive = tmp_path / "routes.npz", archive_of(TRACES)
+    file.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="exists already"):
+        export_routes(archive, file, "npz")
+    assert file.read_bytes() == b"mine"
+    export_routes(archive, file, "npz", overwrite=True)
+    assert imported(file).num_tokens == 25
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    archive = archive_of(TRACES)
+
+    def fail(*_):
+        raise ArchiveCorrupt("an object is damaged")
+
+    monkeypatch.setattr(RouteArchive, "read", fail)
+    for form in EXPORT_FORMATS:
+        with pytest.raises(ArchiveCorrupt, match="an object is damaged"):
+            export_routes(archive, tmp_path / f"routes.{form}", form)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+def test_an_export_is_written_a_chunk_at_a_time(tmp_path, monkeypatch, form):
+    archive = archive_of([make_trace(10, seed=i) for i in range(12)], origin_of())
+    read, most = RouteArchive.read, []
+
+    def watched(self, tokens, layers=None):
+        most.append(tokens.stop - tokens.start)
+        return read(self, tokens, layers)
+
+    monkeypatch.setattr(RouteArchive, "read", watched)
+    export_routes(archive, tmp_path / "routes", form)
+    assert most == [8] * 15
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    export_routes(archive_of(TRACES), tmp_path / "whole.npz", "npz")
+    with np.load(tmp_path / "whole.npz") as whole:
+        arrays = dict(whole)
+    for name in arrays:
+        np.savez(tmp_path / "routes.npz", **{**arrays, name: np.array([Harm()], dtype=object)})
+        with pytest.raises(ArchiveCorrupt, match=f"{name}.npy holds object"):
+            imported(tmp_path / "routes.npz")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_options_on_the_origin_are_refused_for_an_export(tmp_path):
+    export_routes(archive_of(TRACES), tmp_path / "routes.npz", "npz")
+    with pytest.raises(ConfigError, match="export of run run-1"):
+        imported(tmp_path / "routes.npz", model=MODEL)
+
+
+def capture(num_rows, seed=0, layers=3, dense=(0,)):
+    """Rows of an engine for all decoder layers, zeros in the dense ones: int64 [rows, layers, 4] of 16 experts."""
+    ids_RDK = np.random.default_rng(seed).random((num_rows, layers, 16)).argsort(-1)[..., :4]
+    ids_RDK[:, list(dense)] = 0
+    return ids_RDK
+
+
+def base64_of(ids_RDK) -> str:
+    return base64.b64encode(ids_RDK.astype("<i4").tobytes()).decode()
+
+
+def jsonl(tmp_path, *rows):
+    file = tmp_path / "routes.jsonl"
+    file.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def line(num_tokens=6, num_rows=None, seed=0, **changes):
+    rows = capture(num_tokens - 1 if num_rows is None else num_rows, seed)
+    return {"token_ids": list(range(10, 10 + num_tokens)), "routed_experts": rows.tolist(), **changes}
+
+
+@pytest.mark.parametrize("num_rows", [5, 6])
+@pytest.mark.parametrize("form", ["vllm", "vllm, layers with experts alone", "sglang"])
+def test_dumps_of_engines_are_read(tmp_path, form, num_rows):
+    rows = capture(num_rows)
+    routes = base64_of(rows) if form == "sglang" else (rows if form == "vllm" else rows[:, 1:]).tolist()
+    archive = imported(jsonl(tmp_path, line(routed_experts=routes)), model=MODEL, told=TOLD)
+    (trace,) = sequences_of(archive)
+    assert same(trace, RoutingTrace.from_capture(rows[:, 1:], 6, 16, (1, 2)))
+    assert archive.token_digests == [token_digest(range(10, 16))]
+    assert (archive.provenance.captured_rows, archive.provenance.missing_rows) == (num_rows, 6 - num_rows)
+    origin = archive.provenance.origins[0]
+    assert (origin.source, origin.engine_version, origin.dtype, origin.weights_sha256) == (
+        "sglang",
+        "0.5.6",
+        "unknown",
+        None,
+    )
+
+
+def test_layers_and_experts_alone_describe_a_model_for_lists(tmp_path):
+    archive = imported(jsonl(tmp_path, line(), line(seed=1)), model=ModelShape((1, 2), 16))
+    assert (archive.provenance.top_k, archive.num_sequences) == (4, 2)
+
+
+WRONG_LINES = {
+    "a row too few": (line(num_rows=4), "routes cover 4 rows but the sequence has 6 tokens"),
+    "a row too many": (line(num_rows=7), "routes cover 7 rows but the sequence has 6 tokens"),
+    "an expert that is none": (line(routed_experts=(capture(5) * 5).tolist()), "the model has experts 0 to 15"),
+    "a negative expert": (line(routed_experts=(capture(5) - 1).tolist()), "ids span -1 to"),
+    "an expert twice": (line(routed_experts=(capture(5) // 4).tolist()), "names an expert twice"),
+    "rows never captured": (line(routed_experts=np.zeros((5, 3, 4), int).tolist()), "names an expert twice"),
+    "other layers": (line(routed_experts=capture(5, layers=4).tolist()), "cover 4 layers; expected the 2 MoE layers"),
+    "other top-k": (line(routed_experts=capture(5)[..., :3].tolist()), "name 3 experts per token, the model has 4"),
+    "ragged rows": (line(routed_experts=[[[1, 2]], [[1]]]), "lists of unequal lengths"),
+    "numbers that are no integers": (line(routed_experts=[[[0.5]]]), "float64 of shape (1, 1, 1); expected integers"),
+    "flat lists": (line(routed_experts=[1, 2, 3]), "shape (3,); expected [rows, layers, experts per token]"),
+    "cut base64": (line(routed_experts=base64_of(capture(5))[:-3]), "no base64 of int32"),
+    "base64 of too few": (line(routed_experts=base64_of(capture(4))), "48 ids are not those of 5 or 6 rows of 3"),
+    "no routes": (line(routed_experts=None), "has no routed_experts"),
+    "no tokens": (line(token_ids=[]), "token_ids have shape (0,)"),
+    "tokens that are words": (line(token_ids=["a", "b"]), "expected integers"),
+    "a list": ([1, 2], "holds a list"),
+    "no JSON": ('{"token_ids": [1', "it is not JSON"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LINES)
+def test_a_damaged_line_is_refused_with_its_number_and_leaves_no_run(tmp_path, wrong):
+    row, told = WRONG_LINES[wrong]
+    store = fresh_store()
+    with pytest.raises(RoutingMismatch) as caught:
+        imported(jsonl(tmp_path, line(), row), store, model=MODEL)
+    assert str(caught.value).startswith("line 2 of routes.jsonl: ")
+    assert told in str(caught.value)
+    assert not store.exists()
+
+
+def test_a_capture_that_was_never_written_is_refused(tmp_path):
+    same_row = np.broadcast_to(capture(1), (99, 3, 4)).tolist()
+    with pytest.raises(RoutingMismatch, match="all 99 captured tokens have the same routes"):
+        imported(jsonl(tmp_path, line(100, routed_experts=same_row)), model=MODEL)
+
+
+def test_a_capture_that_stops_working_late_is_still_refused_by_its_rows(tmp_path):
+    whole = line(5000, seed=1)
+    dead = line(200, routed_experts=np.zeros((199, 3, 4), int).tolist())
+    with pytest.raises(RoutingMismatch, match=r"line 2 .* names an expert twice"):
+        imported(jsonl(tmp_path, whole, dead), model=MODEL)
+
+
+def test_base64_needs_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="--model"):
+        imported(jsonl(tmp_path, line(routed_experts=base64_of(capture(5)))), model=ModelShape((1, 2), 16))
+
+
+def verl_batch(tmp_path, **changes):
+    """Two sequences: prompts of 2 and 3 tokens padded left to 4, responses of 3 and 1 padded right to 4."""
+    mask = np.array([[0, 0, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0, 0]], dtype=np.int64)
+    routes = np.zeros((2, 8, 3, 4), dtype=np.int16)
+    routes[0, 2:6], routes[1, 1:4] = capture(4, 1), capture(3, 2)
+    tokens = np.arange(16).reshape(2, 8) * mask
+    tensors = {"routed_experts": routes, "input_ids": tokens, "attention_mask": mask, **changes}
+    file = tmp_path / "batch.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    return file
+
+
+def test_a_padded_batch_of_verl_is_read_without_its_padding(tmp_path):
+    archive = imported(verl_batch(tmp_path), model=MODEL)
+    expected = [
+        RoutingTrace.from_capture(capture(rows, seed)[:, 1:], rows + 1, 16, (1, 2)) for rows, seed in ((4, 1), (3, 2))
+    ]
+    assert all(same(a, b) for a, b in zip(sequences_of(archive), expected, strict=True))
+    assert archive.token_digests == [token_digest([2, 3, 4, 5, 6]), token_digest([9, 10, 11, 12])]
+    provenance = archive.provenance
+    assert (provenance.captured_rows, provenance.missing_rows, provenance.padded_rows) == (7, 2, 7)
+
+
+BATCH_ROUTES = np.zeros((2, 8, 3, 4), dtype=np.int16)
+WRONG_BATCHES = {
+    "no routes at all": ({"routed_experts": BATCH_ROUTES}, "sequence 0 of batch.safetensors: all 5 rows are zeros"),
+    "another mask": ({"attention_mask": np.eye(2, 8, dtype=np.int64)}, "rows of padding name experts"),
+    "other lengths": ({"input_ids": np.zeros((2, 7), np.int64)}, "input_ids (2, 7)"),
+    "an empty sequence": ({"attention_mask": np.zeros((2, 8), np.int64)}, "attention_mask is all 0"),
+    "one expert": ({"routed_experts": BATCH_ROUTES[..., :1]}, "looks like expert 0"),
+    "a missing tensor": ({"attention_mask": None}, "has no tensor attention_mask"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_BATCHES)
+def test_a_damaged_batch_is_refused_with_numbers(tmp_path, wrong):
+    changes, told = WRONG_BATCHES[wrong]
+    store = fresh_store()
+    changes = {name: None if tensor is None else np.ascontiguousarray(tensor) for name, tensor in changes.items()}
+    with pytest.raises((RoutingMismatch, ConfigError)) as caught:
+        imported(verl_batch(tmp_path, **changes), store, model=MODEL)
+    assert told in str(caught.value)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("routes.pt", b"", "neither an export of moe-replay"),
+        ("routes.jsonl", b"", "holds no sequence"),
+        ("routes.jsonl", b"\xff\xfe", "not UTF-8"),
+        ("routes.npz", b"PK", "can't be read as npz"),
+        ("routes.safetensors", b"\x08", "can't be read as safetensors"),
+        ("routes.parquet", b"PAR1", "can't be read as parquet"),
+        ("missing.jsonl", None, "can't be read (No such file"),
+    ],
+)
+def test_a_file_that_is_no_dump_is_refused(tmp_path, name, content, told):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ReplayError) as caught:
+        imported(tmp_path / name, model=MODEL)
+    assert told in str(caught.value)
+
+
+def test_a_dump_without_its_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--model, or give --layers and --experts"):
+        imported(jsonl(tmp_path, line()))
+
+
+def test_a_digest_of_weights_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="weights_sha256: String should match"):
+        imported(jsonl(tmp_path, line()), model=MODEL, told=ToldOrigin(weights_sha256="abc"))
+
+
+def test_a_run_holds_imports_of_one_model_in_several_iterations(tmp_path):
+    store = fresh_store()
+    file = jsonl(tmp_path, line())
+    for iteration in (0, 1):
+        import_routes(store, iteration, file, MODEL)
+    with pytest.raises(ConfigError, match="is committed"):
+        import_routes(store, 1, file, MODEL)
+    with pytest.raises(ConfigError, match="num_experts differ"):
+        import_routes(store, 2, file, MODEL._replace(num_experts=17))
+
+
+def test_nothing_is_imported_into_a_run_that_trains(tmp_path):
+    store = fresh_store()
+    store.create_run({"config": {"method": "r3"}})
+    with pytest.raises(ConfigError, match="exists with another configuration"):
+        import_routes(store, 0, jsonl(tmp_path, line()), MODEL)
+    assert store.commit_of("routes", 0) is None
+
+
+def test_damage_is_found_whatever_was_imported_before(tmp_path):
+    store = fresh_store()
+    with pytest.raises(RoutingMismatch):
+        import_routes(store, 0, jsonl(tmp_path, line(), line(num_rows=2)), MODEL)
+    assert imported(jsonl(tmp_path, line(), line(seed=1)), store, model=MODEL).num_sequences == 2

@@ -1,0 +1,181 @@
+"""`archive diff`, `export` and `import` as a user meets them."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.routes import RouteOrigin, token_digest, write_routes
+from moe_replay.cli.app import archive
+from moe_replay.cli.exchange import parse_layers
+from moe_replay.errors import ConfigError
+from moe_replay.routing.trace import RoutingTrace
+from moe_replay.stages.samples import Sample, write_samples
+
+importlib.import_module("moe_replay.cli.diff")  # which adds its command
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 4,
+    "mlp_only_layers": [0],
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+}
+ORIGIN = RouteOrigin(
+    source="vllm",
+    engine_version="0.28.0",
+    dtype="bfloat16",
+    weights_sha256="0" * 64,
+    layers=(1, 2, 3),
+    num_experts=16,
+    top_k=4,
+)
+
+
+@pytest.fixture
+def command(capsys, tmp_path, monkeypatch):
+    """Runs `moe-replay archive WORDS --root ROOT` in this process; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        archive([*map(str, words), "--root", str(tmp_path / "runs")], result_action="return_value")
+        return capsys.readouterr().out
+
+    return run
+
+
+def capture(seed, changed=False):
+    """Rows of 6 tokens in decoder layers 0 to 3, of which 0 is dense; with `changed`, other experts from token 3 on."""
+    ids_RDK = np.random.default_rng(seed).random((6, 4, 16)).argsort(-1)[..., :4]
+    ids_RDK[:, 0] = 0
+    if changed:
+        ids_RDK[3:, 2] = (ids_RDK[3:, 2] + 1) % 16
+    return ids_RDK
+
+
+def sample(number, changed):
+    return Sample(
+        sequence_id=number,
+        prompt_row=number,
+        group=0,
+        data_source="none",
+        prompt_ids=[number, 1, 2, 3],
+        response_ids=[4, 5, 6],
+        log_probs=[-1.0, -1.0, -1.0],
+        text="",
+        reward=0.0,
+        truncated=True,
+        trace=RoutingTrace.from_capture(capture(number, changed)[:, 1:], 7, 16, (1, 2, 3)),
+    )
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Runs one and two of the same 5 rollouts; in run two the routes of rollout 2 part at token 3."""
+    for run_id in ("one", "two"):
+        store = RunStore(str(tmp_path / "runs"), run_id)
+        store.create_run({})
+        samples = [sample(number, run_id == "two" and number == 2) for number in range(5)]
+        writer = store.begin("rollout", 0, {}, "digest")
+        write_samples(writer, samples)
+        writer.commit()
+        writer = store.begin("routes", 0, {}, "digest")
+        write_routes(writer, [(each.trace, each.token_digest) for each in samples], ORIGIN)
+        writer.commit()
+
+
+def dump(path, numbers=range(5)):
+    rows = [{"token_ids": [number, 1, 2, 3, 4, 5, 6], "routed_experts": capture(number).tolist()} for number in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_dump_of_an_engine_is_imported_and_compared_with_a_run(command, runs, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    file = dump(tmp_path / "dump.jsonl")
+    told = command("import", file, "--run-id", "mydump", "--model", tmp_path / "model", "--source", "vllm")
+    assert "imported 5 sequences of 35 tokens into run mydump, iteration 0: 30 rows captured, 5 missing" in told
+    assert "archive inspect mydump" in told
+    assert "origin 1 source" in command("inspect", "mydump")
+    assert "are as committed" in command("verify", "mydump")
+    assert json.loads(command("diff", "mydump", "one", "--json"))["agreement"] == 1
+
+
+def test_diff_tells_where_two_runs_part(command, runs):
+    found = json.loads(command("diff", "one", "two@0", "--json"))
+    assert (found["a"], found["b"], found["same_tokens"], found["shared_sequences"]) == ("one@0", "two@0", True, 5)
+    assert found["compared_rows"] == 30
+    assert found["token_fraction"] == 3 / 30
+    assert found["parting"]["positions"] == [3, 3, 3, 3, 3]
+    assert (found["parting"]["in_prompt"], found["parting"]["in_response"]) == (1, 0)  # token 3 is the prompt's last
+    assert [row["parted_sequences"] for row in found["layers"]] == [0, 1, 0]
+    assert (found["worst"][0]["sequence_a"], found["worst"][0]["first_layer"]) == (2, 2)
+    plain = command("diff", "one", "two")
+    for told in ("same tokens", "by layer", "worst sequences", "--figure diff.png"):
+        assert told in plain
+
+
+def test_diff_draws_a_heat_map(command, runs, tmp_path):
+    assert "drew diff.png" in command("diff", "one", "two", "--figure", "diff.png")
+    assert (tmp_path / "diff.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_diff_of_other_tokens_says_what_to_do(command, runs, tmp_path):
+    command("import", dump(tmp_path / "dump.jsonl", [7]), "--run-id", "other", "--layers", "1-3", "--experts", "16")
+    told = command("diff", "one", "other")
+    assert "no sequence in common" in told
+    assert "RUN@ITERATION" in told
+
+
+@pytest.mark.parametrize("form", ["parquet", "safetensors", "npz"])
+def test_an_export_is_imported_elsewhere(command, runs, form):
+    file = f"routes.{form}"
+    told = json.loads(command("export", "two", file, "--layers", "1,3", "--json"))
+    assert (told["format"], told["tokens"], told["layers"]) == (form, 35, [1, 3])
+    command("export", "two", file, "--overwrite")
+    assert f"archive import {file}" in command("export", "two", file, "--overwrite")
+    command("import", file, "--run-id", "back")
+    assert json.loads(command("diff", "two", "back", "--json"))["agreement"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["export", "one", "routes.csv"], "ends with none of .parquet, .safetensors, .npz"),
+        (["export", "one", "nowhere/routes.npz"], "there is no folder nowhere"),
+        (["export", "one", "routes.npz", "--layers", "1;2"], "write them like 0-11,20"),
+        (["export", "nothing", "routes.npz"], "there is no run nothing"),
+        (["diff", "one", "two@last"], "neither a run nor RUN@ITERATION"),
+        (["diff", "one", "two@4"], "no routing archive of iteration 4"),
+        (["import", "dump.jsonl", "--run-id", "x"], "--model, or give --layers and --experts"),
+        (["import", "dump.jsonl", "--run-id", "x", "--experts", "16"], "give both, or --model"),
+        (["import", "dump.jsonl", "--run-id", "x", "--model", "empty"], "empty gives no model"),
+        (["import", "dump.jsonl", "--run-id", "../x", "--layers", "1-3", "--experts", "16"], "is not usable"),
+        (["import", "dump.jsonl", "--run-id", "one", "--layers", "1-3", "--experts", "16"], "exists with another"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cant_be_is_refused(command, runs, tmp_path, words, told):
+    dump(tmp_path / "dump.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        command(*words)
+    assert told in str(caught.value)
+    assert not (tmp_path / "runs" / "x").exists()
+
+
+def test_layers_are_read_as_ranges():
+    assert parse_layers("0-3,7,5-5") == (0, 1, 2, 3, 5, 7)
+
+
+def test_token_digests_of_a_dump_are_those_of_a_rollout():
+    assert sample(1, False).token_digest == token_digest([1, 1, 2, 3, 4, 5, 6])
