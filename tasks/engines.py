@@ -1,8 +1,8 @@
 """The engines of the runs that this process works on.
 
-Engines can't be parameters of tasks, which Prefect records; tasks name the run and find its engines here. Runs of one
-model under the same settings of both engines share them: an engine holds nothing of a run but weights, named by what
-they are, and takes method and temperature with each call.
+Engines can't be parameters of tasks, which Prefect records; tasks name the run and find its engines here. Several runs
+one after the other may keep them (`keeping_engines`): an engine holds nothing of a run but weights, named by what they
+are, and takes method and temperature with each call.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def running_engines(run: Run) -> Iterator[EnginePool]:
 
 @contextmanager
 def keeping_engines() -> Iterator[None]:
-    """Keep engines from run to run, for several runs one after the other in this process."""
+    """Keep engines from run to run of one model and the same settings of both engines; one run at a time."""
     keeper = object()
     _keepers.append(keeper)
     try:
@@ -56,8 +56,10 @@ def keeping_engines() -> Iterator[None]:
 
 
 def _key(run: Run) -> str:
-    engines = run.config.model_dump_json(include={"rollout", "training"})
-    return f"{run.model} {run.model_sha256} {engines}"
+    """Runs at work at the same time have engines of their own; a process can answer one caller at a time."""
+    if not _keepers:
+        return f"{run.root}/{run.run_id}"
+    return f"{run.model} {run.model_sha256} {run.config.model_dump_json(include={'rollout', 'training'})}"
 
 
 def _close_unused() -> None:

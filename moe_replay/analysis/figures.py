@@ -1,17 +1,26 @@
 """Figures as PNG files. matplotlib is imported when one is drawn."""
 
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from moe_replay.analysis.differences import Comparison
+from moe_replay.archive.storage import file_aside
 from moe_replay.errors import ConfigError
 
+FORMAT = "png"
 _LABELLED_LAYERS = 16
 _DPI = 150
+
+
+def check_figure(path: Path) -> None:
+    """Raise ConfigError unless `path` ends with .png and its folder is there."""
+    if path.suffix.lower() != f".{FORMAT}":
+        raise ConfigError(f"{path} does not end with .{FORMAT}, and figures are PNG files; name it so")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent} to draw {path.name} in; make it first")
 
 
 def draw_agreement(comparison: Comparison, path: Path) -> None:
@@ -60,11 +69,9 @@ def _title(comparison: Comparison) -> str:
 
 
 def _save(save: Callable[..., None], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        save(partial, format="png")
-        os.replace(partial, path)
+        with file_aside(path) as partial:
+            save(partial, format=FORMAT)
+            os.replace(partial, path)
     except OSError as error:
         raise ConfigError(f"{path} can't be written ({error.strerror}); choose another place for the figure") from error
-    finally:
-        partial.unlink(missing_ok=True)

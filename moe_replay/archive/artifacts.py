@@ -129,10 +129,9 @@ class RunStore:
         Raises ConfigError for a commit of other inputs or configuration, ArchiveCorrupt when an object is missing or
         truncated, other than by retention. Contents are checked when they are read.
         """
-        ref = self.commit_of(stage, iteration)
-        if ref is None:
+        artifact = self.committed(stage, iteration)
+        if artifact is None:
             return None
-        artifact = self.open(ref)
         committed = artifact.commit
         if committed.config_digest != config_digest:
             raise ConfigError(
@@ -147,7 +146,17 @@ class RunStore:
                 "an earlier stage was made again: delete this stage's folder, or use a new run id"
             )
         artifact.require_present()
-        return ref
+        return artifact.ref
+
+    def committed(self, stage: str, iteration: int) -> Artifact | None:
+        """The stage's artifact whatever it was made from, or None when it has no commit."""
+        uri = self.layout.stage(iteration, stage)
+        try:
+            artifact = Artifact.found(self._run / uri, uri)
+        except FileNotFoundError:
+            return None
+        self._require_in_place(artifact.ref, artifact.commit)
+        return artifact
 
     def commit_of(self, stage: str, iteration: int) -> ArtifactRef | None:
         """The stage's commit whatever it was made from, or None; only the commit object is read."""
@@ -187,14 +196,13 @@ class RunStore:
         return [self._status_of(stage, iteration) for stage in STAGES]
 
     def _status_of(self, stage: str, iteration: int) -> StageStatus:
-        ref = self.commit_of(stage, iteration)
-        if ref is None:
+        artifact = self.committed(stage, iteration)
+        if artifact is None:
             return StageStatus(iteration, stage, "missing", 0, None, None)
         try:
-            seconds, finished = timing_of((self._run / ref.uri).read(TIMING_FILE))
+            seconds, finished = timing_of((self._run / artifact.ref.uri).read(TIMING_FILE))
         except FileNotFoundError:
             seconds, finished = None, None
-        artifact = self.open(ref)
         num_bytes = artifact.commit.num_bytes
         expired_bytes = num_bytes - sum(stored.size for stored in artifact.kept)
         return StageStatus(iteration, stage, "committed", num_bytes, seconds, finished, expired_bytes)

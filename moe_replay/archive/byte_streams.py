@@ -16,11 +16,6 @@ _LEVEL = 1
 """The bytes of expert sets hardly have repeats that a higher level would find; it costs three times the time."""
 
 
-def compressed_size(data: npt.NDArray[np.uint8]) -> int:
-    """Bytes that `data` takes as a stream, its length aside."""
-    return min(data.nbytes, len(zstd.compress(data, _LEVEL)))
-
-
 class StreamWriter:
     """Collects streams."""
 
@@ -33,6 +28,21 @@ class StreamWriter:
         smaller = bool(frame) and len(frame) < data.nbytes
         stored = frame if smaller else data.tobytes()
         self._parts += [_LENGTH.pack(len(stored) << 1 | smaller), stored]
+
+    def add_plane(self, numbers: npt.NDArray[np.uint8 | np.uint16], largest: int) -> None:
+        """Append numbers of 0..`largest`: their low bytes and, if `largest` takes two bytes, their high ones."""
+        self.add(numbers.astype(np.uint8))
+        if largest > 255:
+            self.add((numbers >> 8).astype(np.uint8))
+
+    def extend(self, other: "StreamWriter") -> None:
+        """Append another writer's streams."""
+        self._parts += other._parts
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all streams."""
+        return sum(map(len, self._parts))
 
     def to_bytes(self) -> bytes:
         """All streams."""
@@ -64,6 +74,15 @@ class StreamReader:
             )
         self._rest = self._rest[_LENGTH.size + length :]
         return _decompressed(stored, size) if compressed and size is not None else np.array(stored, dtype=np.uint8)
+
+    def take_plane(self, count: int, largest: int) -> npt.NDArray[np.uint8 | np.uint16]:
+        """The next `count` numbers that `add_plane` was given with the same `largest`."""
+        numbers: npt.NDArray[np.uint8 | np.uint16] = self.take(count)
+        if largest > 255:
+            numbers = numbers + np.uint16(256) * self.take(count)
+        if (numbers > largest).any():
+            raise ArchiveCorrupt(f"coded rows have {numbers.max()} where at most {largest} is possible; {WAY_OUT}")
+        return numbers
 
     def finish(self) -> None:
         """Raise ArchiveCorrupt if anything is left."""

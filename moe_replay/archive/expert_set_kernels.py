@@ -1,4 +1,4 @@
-"""The compiled loops of the expert-set codec; `expert_sets` says what the numbers mean and checks what goes in.
+"""The compiled loops of the expert-set codec; their callers say what the numbers mean and check what goes in.
 
 Importing this module imports numba, so it is imported when the first chunk is coded. Machine code is cached beside the
 source, or under NUMBA_CACHE_DIR. Indices are unsigned throughout: numba would otherwise test each for a negative one.
@@ -7,181 +7,90 @@ source, or under NUMBA_CACHE_DIR. Indices are unsigned throughout: numba would o
 import numpy as np
 from numba import njit
 
-from moe_replay.archive.expert_set_model import GUESS_BITS, LOW_STATE
+from moe_replay.archive.expert_set_ranks import GUESS_BITS
 
 _U = np.uint64
-_ONE, _SLOT_BITS, _WORD_BITS = _U(1), _U(20), _U(32)
-_SLOT_MASK = _U(0xFFFFF)
-_LOW_STATE = _U(LOW_STATE)
-_RENORM_SHIFT = _U(43)
-"""A state below frequency << 43 stays below 2**63 when a symbol is pushed."""
+_ONE = _U(1)
 _GUESS_SHIFT, _FIRST_GUESS = _U(23 - GUESS_BITS), _U(127 << GUESS_BITS)
 _HASH_FACTOR = _U(0x9E3779B97F4A7C15)
 _HASH_SHIFT = _U(48)
+
+_NO_ID = _U(1 << 40)
 
 _WORD = _U(64)
 _BLOCK = 512
 """Rows whose ranks are worked on together."""
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def push_sets(items_KR, counts_R, cumulative, inverse, num_items, lanes, words, ends, states):
-    """Push the sets of all rows, last row first, onto `lanes` states; word stacks grow down from `ends`.
-
-    On return `ends` holds where each lane's words begin. Lane l has rows l*R/lanes.. of the R padded rows.
-    """
-    top_k, rows = items_KR.shape
-    lane_rows = rows // lanes
-    stride = _U(num_items + 1)
-    for lane in range(lanes):
-        states[lane] = _LOW_STATE
-    for t in range(lane_rows - 1, -1, -1):
-        for k in range(top_k - 1, -1, -1):
-            for lane in range(lanes):
-                row = _U(lane * lane_rows + t)
-                if k >= counts_R[row]:
-                    continue
-                left = _U(counts_R[row] - k)
-                base = (left - _ONE) * stride
-                last = _U(num_items) - left
-                item = _U(items_KR[_U(k), row])
-                first = _U(items_KR[_U(k - 1), row]) + _ONE if k > 0 else _U(0)
-                scale = inverse[base + first]
-                low = ((_U(cumulative[base + item + _ONE]) * scale) >> _WORD_BITS) + last - item
-                high = ((_U(cumulative[base + item]) * scale) >> _WORD_BITS) + last - item + _ONE
-                frequency = high - low
-                state = states[_U(lane)]
-                if state >= frequency << _RENORM_SHIFT:
-                    ends[_U(lane)] -= _ONE
-                    words[ends[_U(lane)]] = np.uint32(state)
-                    state >>= _WORD_BITS
-                quotient = state // frequency
-                states[_U(lane)] = (quotient << _SLOT_BITS) + low + (state - quotient * frequency)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def pop_sets(items_KR, counts_R, cumulative, inverse, guesses, num_items, lanes, words, starts, ends, states):
-    """The inverse of `push_sets`, first row first; False for what it can't have written.
-
-    Whatever the words are, every item found lies between its predecessor and the last one possible.
-    """
-    top_k, rows = items_KR.shape
-    lane_rows = rows // lanes
-    stride = _U(num_items + 1)
-    first_L = np.zeros(lanes, np.uint64)
-    for t in range(lane_rows):
-        for lane in range(lanes):
-            first_L[_U(lane)] = _U(0)
-        for k in range(top_k):
-            for lane in range(lanes):
-                row = _U(lane * lane_rows + t)
-                if k >= counts_R[row]:
-                    continue
-                left = _U(counts_R[row] - k)
-                base = (left - _ONE) * stride
-                last = _U(num_items) - left
-                first = first_L[_U(lane)]
-                state = states[_U(lane)]
-                slot = state & _SLOT_MASK
-                scale = inverse[base + first]
-                value = (slot * _U(cumulative[base + first])) >> _SLOT_BITS
-                bucket = _U(np.float32(value | _ONE).view(np.uint32)) >> _GUESS_SHIFT
-                item = max(_U(guesses[left - _ONE, bucket - _FIRST_GUESS]), first)
-                low = ((_U(cumulative[base + item + _ONE]) * scale) >> _WORD_BITS) + last - item
-                high = ((_U(cumulative[base + item]) * scale) >> _WORD_BITS) + last - item + _ONE
-                while high <= slot:
-                    if item == first:
-                        return False
-                    item -= _ONE
-                    low = high
-                    high = ((_U(cumulative[base + item]) * scale) >> _WORD_BITS) + last - item + _ONE
-                while low > slot:
-                    item += _ONE
-                    high = low
-                    low = ((_U(cumulative[base + item + _ONE]) * scale) >> _WORD_BITS) + last - item
-                state = (high - low) * (state >> _SLOT_BITS) + slot - low
-                if state < _LOW_STATE:
-                    start = starts[_U(lane)]
-                    if start >= ends[_U(lane)]:
-                        return False
-                    state = (state << _WORD_BITS) | _U(words[start])
-                    starts[_U(lane)] = start + _ONE
-                states[_U(lane)] = state
-                first_L[_U(lane)] = item + _ONE
-                items_KR[_U(k), row] = item
-    return True
-
-
 @njit(cache=True, nogil=True)
-def _hash_row(ids_KR, row):
+def _hash_row(ids_QK, row):
     code = _U(0)
-    for k in range(ids_KR.shape[0]):
-        code = (code + _U(ids_KR[k, row]) + _ONE) * _HASH_FACTOR
+    for k in range(ids_QK.shape[1]):
+        code = (code + _U(ids_QK[row, k]) + _ONE) * _HASH_FACTOR
     return code
 
 
 @njit(cache=True, nogil=True)
-def _find_reference(row, hashes_R, seen):
+def _find_reference(row, hashes_P, seen):
     """The row that followed the last occurrence of the two rows before `row`, else the row before it; notes `row`."""
     if row < 2:
         return row - 1
-    slot = ((hashes_R[row - 1] + _ONE) * _HASH_FACTOR + hashes_R[row - 2]) >> _HASH_SHIFT
+    slot = ((hashes_P[row - 1] + _ONE) * _HASH_FACTOR + hashes_P[row - 2]) >> _HASH_SHIFT
     found = seen[slot]
     seen[slot] = row
-    if found >= 2 and hashes_R[found - 1] == hashes_R[row - 1]:
+    if found >= 2 and hashes_P[found - 1] == hashes_P[row - 1]:
         return found
     return row - 1
 
 
 @njit(cache=True, nogil=True)
-def relate_rows(ids_KR, masks_BR, items_KR, counts_R):
-    """Split each sorted row into what it keeps of its reference (a mask) and what is new (ranks among the rest)."""
-    top_k, rows = ids_KR.shape
-    hashes_R, seen = np.empty(rows, np.uint64), np.zeros(1 << 16, np.int32)
-    for row in range(rows):
-        reference = _find_reference(row, hashes_R, seen)
-        hashes_R[row] = _hash_row(ids_KR, row)
-        kept, new = 0, 0
-        for k in range(top_k):
-            expert = ids_KR[k, row]
-            while kept < top_k and (ids_KR[kept, reference] if reference >= 0 else kept) < expert:
-                kept += 1
-            if kept < top_k and (ids_KR[kept, reference] if reference >= 0 else kept) == expert:
-                masks_BR[kept >> 3, row] |= 1 << (kept & 7)
-            else:
-                items_KR[new, row] = expert - kept
-                new += 1
-        counts_R[row] = new
+def relate_rows(ids_QK, masks_PB, items_PK, counts_P):
+    """Split each sorted row into what it keeps of its reference (a mask) and what is new (ranks among the rest).
+
+    Row r is at r + 1 of `ids_QK`, the first row's reference at 0.
+    """
+    rows, top_k = items_PK.shape
+    hashes_P, seen = np.empty(rows, np.uint64), np.zeros(1 << 16, np.int32)
+    size = _U(top_k)
+    # No slices, since each would count references to its array.
+    for at in range(rows):
+        row, here, there = _U(at), _U(at + 1), _U(_find_reference(at, hashes_P, seen) + 1)
+        hashes_P[row] = _hash_row(ids_QK, here)
+        k, below, new = _U(0), _U(0), _U(0)
+        # A merge that adds what it compares, since a guess which id is the smaller is as often wrong as right.
+        while k < size and below < size:
+            expert, other = ids_QK[here, k], ids_QK[there, below]
+            masks_PB[row, below >> _U(3)] |= np.uint8(_U(expert == other) << (below & _U(7)))
+            items_PK[row, new] = expert - below
+            new += _U(expert < other)
+            k += _U(expert <= other)
+            below += _U(expert >= other)
+        while k < size:
+            items_PK[row, new] = ids_QK[here, k] - below
+            new += _ONE
+            k += _ONE
+        counts_P[row] = new
 
 
 @njit(cache=True, nogil=True)
-def resolve_rows(ids_KR, masks_BR, items_KR, counts_R):
+def resolve_rows(ids_QK, masks_PB, items_PK, counts_P):
     """The inverse of `relate_rows`; each row's mask must have K less its count of bits set."""
-    top_k, rows = ids_KR.shape
-    hashes_R, seen = np.empty(rows, np.uint64), np.zeros(1 << 16, np.int32)
-    for row in range(rows):
-        reference = _find_reference(row, hashes_R, seen)
-        position, below, new, out = 0, 0, 0, 0
-        while out < top_k:
-            while position < top_k and not masks_BR[position >> 3, row] >> (position & 7) & 1:
-                position += 1
-            kept = top_k << 20
-            if position < top_k:
-                kept = np.int64(ids_KR[position, reference]) if reference >= 0 else position
-            fresh = 1 << 40
-            if new < counts_R[row]:
-                rank = np.int64(items_KR[new, row])
-                while below < top_k and (ids_KR[below, reference] if reference >= 0 else below) <= rank + below:
-                    below += 1
-                fresh = rank + below
-            if fresh < kept:
-                ids_KR[out, row] = fresh
-                new += 1
-            else:
-                ids_KR[out, row] = kept
-                position += 1
-            out += 1
-        hashes_R[row] = _hash_row(ids_KR, row)
+    rows, top_k = items_PK.shape
+    hashes_P, seen = np.empty(rows, np.uint64), np.zeros(1 << 16, np.int32)
+    size = _U(top_k)
+    for at in range(rows):
+        row, here, there = _U(at), _U(at + 1), _U(_find_reference(at, hashes_P, seen) + 1)
+        out, below, new, count = _U(0), _U(0), _U(0), _U(counts_P[row])
+        while out < size:
+            fresh = _U(items_PK[row, new]) + below if new < count else _NO_ID
+            other = _U(ids_QK[there, below]) if below < size else _NO_ID
+            kept = _U(masks_PB[row, below >> _U(3)] >> (below & _U(7))) & _ONE if below < size else _U(0)
+            is_other = other <= fresh
+            ids_QK[here, out] = other if is_other else fresh
+            out += kept if is_other else _ONE
+            below += _U(is_other)
+            new += _U(not is_other)
+        hashes_P[row] = _hash_row(ids_QK, here)
 
 
 @njit(cache=True, nogil=True)
@@ -197,7 +106,7 @@ def count_smaller_before(ids_RK, digits_KR):
 
 
 @njit(cache=True, nogil=True)
-def restore_order(ids_RK, digits_KR):
+def reorder_rows(ids_RK, digits_KR):
     """Reorder sorted rows in place as their digits say; digit i must be in 0..i."""
     rows, top_k = ids_RK.shape
     rest = np.empty(top_k, ids_RK.dtype)
@@ -211,54 +120,65 @@ def restore_order(ids_RK, digits_KR):
 
 
 @njit(cache=True, nogil=True)
-def pack_ranks(ids_KP, choose_KE, num_bits, words):
-    """Write the rank of each sorted row to `words`, which are zero and have one to spare."""
+def rank_rows(ids_KP, choose_KE, ranks_P):
+    """The rank of each sorted row."""
     top_k, rows = ids_KP.shape
-    ranks = np.empty(_BLOCK, np.uint64)
-    bit, width = _U(0), _U(num_bits)
     for start in range(0, rows, _BLOCK):
         size = min(_BLOCK, rows - start)
-        ranks[:size] = _U(0)
+        ranks = ranks_P[start : start + size]
+        ranks[:] = _U(0)
         for k in range(top_k):
             column, choose = ids_KP[k, start : start + size], choose_KE[k]
             for i in range(size):
                 ranks[i] += choose[_U(column[i])]
-        for i in range(size):
-            word, shift = bit >> _U(6), bit & _U(63)
-            words[word] |= ranks[i] << shift
-            if shift + width > _WORD:
-                words[word + _ONE] = ranks[i] >> (_WORD - shift)
-            bit += width
 
 
 @njit(cache=True, nogil=True)
-def unpack_ranks(ids_KP, choose_KE, guesses, num_bits, words):
-    """The inverse of `pack_ranks`; False for a rank that no set has. `words` must have one to spare."""
+def unrank_rows(ids_KP, ranks_P, choose_KE, guesses, misses_K):
+    """The inverse of `rank_rows`, for ranks that sets have."""
     top_k, rows = ids_KP.shape
-    total = choose_KE[top_k - 1, choose_KE.shape[1] - 1]
-    ranks = np.empty(_BLOCK, np.uint64)
-    bit, width = _U(0), _U(num_bits)
-    mask = (_ONE << width) - _ONE
+    rest, experts = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
     for start in range(0, rows, _BLOCK):
         size = min(_BLOCK, rows - start)
-        possible = True
-        for i in range(size):
-            word, shift = bit >> _U(6), bit & _U(63)
-            # Two shifts, since one by 64 means nothing.
-            above = (words[word + _ONE] << _ONE) << (_U(63) - shift)
-            ranks[i] = ((words[word] >> shift) | above) & mask
-            possible &= ranks[i] < total
-            bit += width
-        if not possible:
-            return False
+        rest[:size] = ranks_P[start : start + size]
         for k in range(top_k - 1, -1, -1):
             column, choose, guess = ids_KP[k, start : start + size], choose_KE[k], guesses[k]
             for i in range(size):
-                rank = ranks[i]
-                bucket = _U(np.float32(max(rank, _ONE)).view(np.uint32)) >> _GUESS_SHIFT
-                expert = _U(guess[bucket - _FIRST_GUESS])
-                while choose[expert + _ONE] <= rank:
-                    expert += _ONE
-                column[i] = expert
-                ranks[i] = rank - choose[expert]
-    return True
+                bucket = _U(np.float32(max(rest[i], _ONE)).view(np.uint32)) >> _GUESS_SHIFT
+                experts[i] = guess[bucket - _FIRST_GUESS]
+            # As many steps for all, since a loop without branches takes eight rows at a time.
+            for _ in range(misses_K[k]):
+                for i in range(size):
+                    experts[i] += _U(choose[experts[i] + _ONE] <= rest[i])
+            for i in range(size):
+                column[i] = experts[i]
+                rest[i] -= choose[experts[i]]
+
+
+@njit(cache=True, nogil=True)
+def pack_bits(ranks_P, num_bits, words):
+    """Write the low bits of all ranks one after the other to `words`, which have one to spare."""
+    word, used, width = _U(0), _U(0), _U(num_bits)
+    filled = _U(0)
+    for i in range(len(ranks_P)):
+        word |= ranks_P[i] << used
+        used += width
+        if used >= _WORD:
+            words[filled] = word
+            filled += _ONE
+            used -= _WORD
+            # Two shifts, since one by 64 means nothing.
+            word = (ranks_P[i] >> (width - used - _ONE)) >> _ONE if used else _U(0)
+    words[filled] = word
+
+
+@njit(cache=True, nogil=True)
+def unpack_bits(words, num_bits, ranks_P):
+    """The inverse of `pack_bits`; `words` must have one to spare."""
+    bit, width = _U(0), _U(num_bits)
+    mask = (_ONE << width) - _ONE
+    for i in range(len(ranks_P)):
+        word, shift = bit >> _U(6), bit & _U(63)
+        above = (words[word + _ONE] << _ONE) << (_U(63) - shift)
+        ranks_P[i] = ((words[word] >> shift) | above) & mask
+        bit += width

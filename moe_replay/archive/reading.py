@@ -46,6 +46,16 @@ class Artifact:
                 f"object {storage.name}/{COMMIT_FILE} is not the one referred to: expected sha256 {ref.sha256}, found "
                 f"{sha256_hex(data)}; restore it, or delete what was made from it and resume the run"
             )
+        return cls._of(storage, ref, data)
+
+    @classmethod
+    def found(cls, storage: Storage, uri: str) -> "Artifact":
+        """Open whatever is committed in the stage's folder `storage`, known by `uri`; FileNotFoundError for nothing."""
+        data = storage.read(COMMIT_FILE)
+        return cls._of(storage, ArtifactRef(uri=uri, sha256=sha256_hex(data)), data)
+
+    @classmethod
+    def _of(cls, storage: Storage, ref: ArtifactRef, data: bytes) -> "Artifact":
         commit = Commit.from_bytes(data, f"{storage.name}/{COMMIT_FILE}")
         return cls(ref, commit, storage, Placement.read(storage, ref.sha256))
 

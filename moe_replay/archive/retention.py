@@ -32,11 +32,19 @@ EXPIRING_STAGES = tuple(stage for stage in STAGES if stage != "evaluation")
 """Stages whose objects retention may remove; an evaluation's scores are small, and what a run was made for."""
 
 GRACE = timedelta(hours=1)
-"""How long nothing may have been written to a leftover before it is taken for one; a live writer writes more often."""
+"""How long nothing may have been written to a leftover before it is taken for one.
+
+A live writer must not pause for longer once its first object is written. Before that it may: rollout and training
+write nothing while they compute, and losing the note that they began does them no harm.
+"""
+
+IMPORTS_KEY = "imported_routes"
+"""Key in `run.json` of a run that holds imported routes and is never trained."""
 
 Files = dict[str, StoredFile]
 
 _PROBE = re.compile(r"_probe-[0-9a-f]{32}")
+_PLACEMENT = re.compile(placement_file("[0-9a-f]{64}"))
 _PARTIAL_RUN_FILE = re.compile(rf"\.{re.escape(RUN_FILE)}\.[0-9a-f]{{32}}")
 
 
@@ -45,7 +53,7 @@ class Retention:
     """Which artifacts a user no longer wants; by default all are kept.
 
     Whatever is asked, the newest iteration whose training is committed and all after it keep everything: the run goes
-    on from there.
+    on from there. A run of imports, which nothing goes on from, keeps its newest iteration.
     """
 
     older_than: timedelta | None = None
@@ -108,33 +116,40 @@ def find_probes(root: str, grace: timedelta = GRACE) -> Findings:
 def find_removable(store: RunStore, retention: Retention = Retention(), grace: timedelta = GRACE) -> Findings:
     """What of a run may go: leftovers that nobody wrote to for `grace`, and what `retention` gives up.
 
-    Nothing is changed. Raises ConfigError when there is no such run.
+    Nothing is changed, and nothing found in a run whose document is damaged. Raises ConfigError when there is no such
+    run.
     """
-    store.read_run()
+    try:
+        imports = IMPORTS_KEY in store.read_run()
+    except ArchiveCorrupt as error:
+        return Findings([], [f"{store.run_id}: {error}"])
     now = datetime.now(UTC)
     # Listed before commits are read, or what is committed in between would pass for a leftover.
     files = store.folder.files()
     artifacts, damaged = _artifacts(store, files)
     prefix = f"{store.run_id}/"
     leftovers = _leftovers(_unreferenced(files, artifacts, damaged), prefix, "no commit refers to it", now - grace)
-    given_up = {artifact.ref.uri: expiry for artifact, expiry in _given_up(artifacts, files, retention, now)}
+    kept_from = _kept_from(artifacts, imports)
+    given_up = {a.ref.uri: expiry for a, expiry in _given_up(artifacts, files, retention, now, kept_from)}
     expiring = [_expiring(artifact, given_up.get(artifact.ref.uri), files) for artifact in artifacts]
     kept = [f"{prefix}{uri}: its commit or objects are damaged; see moe-replay archive verify" for uri in damaged]
     return Findings([*leftovers.removable, *filter(None, expiring)], [*kept, *leftovers.left_alone])
 
 
 def remove(root: str, removable: Removable) -> None:
-    """Remove what was found; when that is cut short, the next search finds the rest."""
-    storage = Storage.at(root)
+    """Remove what was found and not committed since; when that is cut short, the next search finds the rest."""
+    storage, paths = Storage.at(root), removable.paths
     if removable.loses:
         artifact, expiry = removable.loses
         placement = artifact.placement.model_copy(update={"expiry": expiry})
         placement.write(storage / artifact.commit.run_id / artifact.ref.uri, artifact.ref.sha256)
-    elif _was_committed(root, removable.name):
-        return
-    storage.remove_each(removable.paths)
+    else:
+        # A writer that slept may have woken.
+        committed = _committed_in(root, removable.name)
+        paths = tuple(path for path in paths if path not in committed)
+    storage.remove_each(paths)
     if folder := storage.local_folder:
-        _remove_empty_folders(folder, removable.paths)
+        _remove_empty_folders(folder, paths)
 
 
 def in_words(duration: timedelta) -> str:
@@ -165,8 +180,10 @@ def _artifacts(store: RunStore, files: Files) -> tuple[list[Artifact], list[str]
 def _unreferenced(files: Files, artifacts: list[Artifact], damaged: list[str]) -> dict[str, Files]:
     """Files in stages' and attempts' folders that no commit refers to, by folder; foreign folders are not looked at.
 
-    Around a damaged artifact nothing is judged: what lies there is what it could be repaired with.
+    Around a damaged artifact nothing is judged: what lies there is what it could be repaired with. Nor is a
+    placement before there is a commit: a resumed run writes one of that very name a moment before it commits.
     """
+    committed = {artifact.ref.uri for artifact in artifacts}
     referenced = {path for artifact in artifacts for path in _files_of(artifact)}
     damaged_places = {RunLayout.place_of(uri) for uri in damaged}
     found: dict[str, Files] = defaultdict(dict)
@@ -177,8 +194,11 @@ def _unreferenced(files: Files, artifacts: list[Artifact], damaged: list[str]) -
         if len(parts) < 4 or parts[0] != "iterations" or path in referenced:
             continue
         place = (RunLayout.iteration_of(parts[1]), attempted_stage(parts[2]) or parts[2])
-        if place[0] is not None and place[1] in STAGES and place not in damaged_places:
-            found["/".join(parts[:3])][path] = file
+        if place[0] is None or place[1] not in STAGES or place in damaged_places:
+            continue
+        folder = "/".join(parts[:3])
+        if folder in committed or not _PLACEMENT.fullmatch("/".join(parts[3:])):
+            found[folder][path] = file
     return found
 
 
@@ -209,19 +229,22 @@ def _leftovers(found: dict[str, Files], prefix: str, why: str, before: datetime)
     return Findings(removable, left_alone)
 
 
+def _kept_from(artifacts: list[Artifact], imports: bool) -> int:
+    """The iteration from which on everything is kept."""
+    last_stage = "routes" if imports else "training"
+    return max((a.commit.iteration for a in artifacts if a.commit.stage == last_stage), default=0)
+
+
 def _given_up(
-    artifacts: list[Artifact], files: Files, retention: Retention, now: datetime
+    artifacts: list[Artifact], files: Files, retention: Retention, now: datetime, kept_from: int
 ) -> Iterator[tuple[Artifact, Expiry]]:
-    """What the retention asks to remove and a resumed run does not need."""
-    newest = max(
-        (artifact.commit.iteration for artifact in artifacts if artifact.commit.stage == "training"), default=0
-    )
+    """What the retention asks to remove of the iterations before `kept_from`."""
     iterations = sorted({artifact.commit.iteration for artifact in artifacts})
     keep, age = retention.keep_iterations, retention.older_than
     last = set(iterations if keep is None else iterations[-keep:])
     for artifact in artifacts:
         commit, listed = artifact.commit, files.get(f"{artifact.ref.uri}/{COMMIT_FILE}")
-        if commit.iteration >= newest or commit.stage not in EXPIRING_STAGES or listed is None:
+        if commit.iteration >= kept_from or commit.stage not in EXPIRING_STAGES or listed is None:
             continue
         if commit.iteration not in last:
             yield artifact, Expiry(below="", why=f"not of the last {keep} iterations", on=now)
@@ -252,16 +275,15 @@ def _expiring(artifact: Artifact, wanted: Expiry | None, files: Files) -> Remova
     )
 
 
-def _was_committed(root: str, name: str) -> bool:
-    """Whether a commit has come to refer to a leftover since it was found: a writer that slept may have woken."""
+def _committed_in(root: str, name: str) -> set[str]:
+    """Paths of what is committed of the stage that a leftover's folder is of, relative to the root."""
     run_id, _, uri = name.partition("/")
     parts = uri.split("/")
-    stage = attempted_stage(parts[-1])
-    if stage is None:
-        return False
+    if len(parts) != 3:
+        return set()
     store = RunStore(root, run_id)
-    ref = store.commit_of(stage, int(parts[1]))
-    return ref is not None and store.open(ref).placement.folder == parts[-1]
+    ref = store.commit_of(attempted_stage(parts[2]) or parts[2], int(parts[1]))
+    return set() if ref is None else {f"{run_id}/{path}" for path in _files_of(store.open(ref))}
 
 
 def _remove_empty_folders(root: Path, paths: Iterable[str]) -> None:

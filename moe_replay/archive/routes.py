@@ -103,20 +103,6 @@ class RouteArchive:
         """The token digest of each sequence."""
         return [row.tobytes() for row in self._digests]
 
-    def positions(self, layers: tuple[int, ...]) -> slice:
-        """Where these decoder layers stand in the archive: all of them, or those of one stage of a pipeline.
-
-        Raises RoutingMismatch unless the archive holds them, one after the other.
-        """
-        start = self.layers.index(layers[0]) if layers and layers[0] in self.layers else 0
-        found = slice(start, start + len(layers))
-        if not layers or self.layers[found] != layers:
-            raise RoutingMismatch(
-                f"{self.artifact.name} holds routes of decoder layers {self.layers}, wanted are {layers}; they are of "
-                "another model or layer map: capture routes with this model"
-            )
-        return found
-
     def sequence_tokens(self, start: int, stop: int) -> list[slice]:
         """The token range of each of the sequences start..stop-1."""
         _whole_range(slice(start, stop), self.num_sequences, "sequences")
@@ -188,14 +174,20 @@ class RouteArchive:
                 f"{rollout.sha256}): archive the rollout's own routes"
             )
 
-    def require_model(self, num_experts: int, top_k: int, layers: tuple[int, ...]) -> None:
-        """Raise RoutingMismatch unless the routes are of a model with these experts, top-k and decoder layers."""
+    def require_model(self, num_experts: int, top_k: int, layers: tuple[int, ...]) -> slice:
+        """Where a model's decoder layers stand in the archive: all of them, or those of one stage of a pipeline.
+
+        Raises RoutingMismatch unless it holds them one after the other, of that many experts and that top-k.
+        """
         found, expected = self.provenance.origins[0].model, (num_experts, top_k, layers)
-        if found != expected:
+        start = self.layers.index(layers[0]) if layers and layers[0] in self.layers else 0
+        positions = slice(start, start + len(layers))
+        if (*found[:2], self.layers[positions]) != expected or not layers:
             raise RoutingMismatch(
                 f"{self.artifact.name} holds routes of a model with (experts, top_k, layers) = {found}, expected "
                 f"{expected}; they are of another model or layer map: capture routes with this model"
             )
+        return positions
 
     def summary(self) -> RouteSummary:
         """Counts and sizes, without reading routes."""

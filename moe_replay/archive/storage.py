@@ -26,7 +26,7 @@ from moe_replay.archive.storage_errors import redacted, s3_code, storage_errors
 from moe_replay.archive.storage_retries import PatientStore, patiently
 from moe_replay.errors import ConfigError
 
-__all__ = ["Storage", "redacted", "storage_errors"]
+__all__ = ["Storage", "file_aside", "redacted", "storage_errors"]
 
 _BLOCK = 8 * 2**20
 _PARALLEL_REMOVALS = 8
@@ -230,6 +230,19 @@ class Storage:
         return f"{self._base}/{path}"
 
 
+@contextmanager
+def file_aside(path: Path) -> Iterator[Path]:
+    """A free name next to `path`, for a file to be made there and then moved, so that `path` is never seen half written.
+
+    What is left of it afterwards is removed.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _options(url: str) -> dict[str, Any]:
     # Listings change under us when another process commits, so they are never cached.
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -265,17 +278,14 @@ def _create_local(path: Path, data: bytes) -> bool:
 
 @contextmanager
 def _written_aside(path: Path, data: bytes) -> Iterator[Path]:
-    """A file with `data` next to `path`, to be linked or moved there, so that `path` is never seen half written."""
+    """A file with `data` next to `path`, to be linked or moved there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with file_aside(path) as temporary:
         with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _modified(info: dict[str, Any]) -> datetime | None:

@@ -6,6 +6,7 @@ A store's own message may quote keys or signed URLs, so only its type, its error
 import errno
 import os
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,6 +76,10 @@ _WAYS_OUT = {
     "SignatureDoesNotMatch": _CREDENTIALS,
     "TokenRefreshRequired": _EXPIRED,
 }
+_CERTIFICATE = (
+    "no encrypted connection could be made: set AWS_CA_BUNDLE to the file with the certificate of the authority that "
+    "signed the store's, and see that AWS_ENDPOINT_URL has its host's name and is really https"
+)
 _CHECK = "check the root, the permissions on it and the credentials in the environment"
 _AGAIN = "try again once the storage answers"
 
@@ -116,6 +121,8 @@ def redacted(url: str) -> str:
 
 def _kind_of(error: Exception, creating: bool) -> type[ConfigError] | type[StorageUnavailable] | None:
     """None for what is no error of a store, or says that there is no such object."""
+    if _is_of_certificates(error):
+        return ConfigError
     answer = _s3_answer(error)
     if answer is not None:
         status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), s3_code(error)
@@ -132,6 +139,15 @@ def _kind_of(error: Exception, creating: bool) -> type[ConfigError] | type[Stora
         network = any(parent.__name__ in _NETWORK_ERRORS for parent in type(error).__mro__)
         return StorageUnavailable if network else ConfigError
     return None
+
+
+def _is_of_certificates(error: Exception) -> bool:
+    """Whether a store's certificate, or the file that vouches for it, was refused; botocore calls it a lost network."""
+    inner = getattr(error, "kwargs", {}).get("error") if _is_client_error(error) else None
+    if isinstance(getattr(inner, "os_error", inner), ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return False  # cut while they greeted each other
+    # A bundle that is no file, or holds no certificate, is met as the plain error.
+    return type(error).__name__ == "SSLError" or isinstance(inner, ssl.SSLError | FileNotFoundError)
 
 
 def _s3_answer(error: BaseException) -> dict[str, Any] | None:
@@ -160,6 +176,8 @@ def _reason(error: Exception) -> str:
 def _way_out(error: Exception, kind: type[ReplayError]) -> str:
     if kind is StorageUnavailable:
         return _AGAIN
+    if _is_of_certificates(error):
+        return _CERTIFICATE
     if isinstance(error, FileNotFoundError):
         return "the bucket or folder does not exist; create it first" if s3_code(error) is None else _BUCKET
     return _WAYS_OUT.get(s3_code(error) or type(error).__name__, _CHECK)

@@ -1,6 +1,5 @@
 """`moe-replay archive diff`: where the routes of two runs differ."""
 
-import io
 import re
 from pathlib import Path
 
@@ -9,11 +8,13 @@ from rich.table import Table
 
 from moe_replay.analysis.comparison import compare_routes
 from moe_replay.analysis.differences import Comparison
+from moe_replay.analysis.figures import check_figure, draw_agreement
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
 from moe_replay.errors import ConfigError
+from moe_replay.stages.samples import read_answers
 
 _WORST_SHOWN = 5
 
@@ -34,12 +35,12 @@ def diff(a: str, b: str, *, figure: Path | None = None, root: Root = None, json_
     json_
         Print one JSON object and nothing else.
     """
+    if figure is not None:
+        check_figure(figure)
     (store_a, routes_a), (store_b, routes_b) = (_open(name, root_of(root)) for name in (a, b))
     prompts = _prompt_tokens(store_a, routes_a) or _prompt_tokens(store_b, routes_b)
     comparison = compare_routes(routes_a, routes_b, prompts)
     if figure is not None:
-        from moe_replay.analysis.figures import draw_agreement
-
         draw_agreement(comparison, figure)
     if json_:
         print(comparison.model_dump_json())
@@ -61,17 +62,7 @@ def _prompt_tokens(store: RunStore, routes: RouteArchive) -> dict[bytes, int]:
     ref = store.commit_of("rollout", routes.provenance.iteration)
     if ref is None or (rollout := store.open(ref)).expiry is not None:
         return {}
-    # Only these columns are decoded: the samples hold the routes as well.
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    lengths: dict[bytes, int] = {}
-    for stored in rollout.commit.objects:
-        part = io.BytesIO(rollout.read_bytes(stored.path))
-        table = pq.read_table(part, columns=["token_digest", "prompt_ids"])
-        prompts = pc.call_function("list_value_length", [table["prompt_ids"]])
-        lengths |= dict(zip(table["token_digest"].to_pylist(), prompts.to_pylist(), strict=True))
-    return lengths
+    return {answer.token_digest: len(answer.prompt_ids) for answer in read_answers(rollout)}
 
 
 def _show(found: Comparison) -> None:

@@ -130,13 +130,15 @@ def import_(
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Decoder layers of a list such as `0-11,20`, ascending; raises ConfigError for any other text."""
+    """Decoder layers of a list such as `0-11,20`, ascending; raises ConfigError for other text and falling ranges."""
     if not _LAYERS.fullmatch(text):
         raise ConfigError(f"layers {text!r} are not decoder layer indices; write them like 0-11,20")
     layers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        layers |= set(range(int(first), int(last or first) + 1))
+        first, last = (int(end) for end in (part.split("-") * 2)[:2])
+        if last < first:
+            raise ConfigError(f"layers {part} of {text!r} fall; write a range from its first layer to its last")
+        layers |= set(range(first, last + 1))
     return tuple(sorted(layers))
 
 
@@ -153,12 +155,20 @@ def _model_shape(model: Path | None, layers: str | None, experts: int | None) ->
     if model is None:
         if (layers is None) != (experts is None):
             raise ConfigError("--layers and --experts describe a model together; give both, or --model")
-        return None if layers is None or experts is None else ModelShape(parse_layers(layers), experts)
+        return None if layers is None or experts is None else ModelShape(parse_layers(layers), _checked(experts))
     if layers is not None or experts is not None:
         raise ConfigError("--model tells layers and experts; leave out --layers and --experts, or --model")
     from moe_replay.routing.model_shape import router_shape
 
     return ModelShape(*router_shape(model))
+
+
+def _checked(experts: int) -> int:
+    try:
+        route_dtype(experts)
+    except RoutingMismatch as error:
+        raise ConfigError(f"--experts: {error}") from error
+    return experts
 
 
 def _tell_import(imported: RouteArchive, root: str | None, as_json: bool) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import struct
-import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from moe_replay.archive.provenance import RouteProvenance
+from moe_replay.archive.route_writing import DIGEST_BYTES
 from moe_replay.archive.routes import RouteArchive
-from moe_replay.archive.storage import storage_errors
-from moe_replay.errors import ConfigError, RoutingMismatch
+from moe_replay.archive.storage import file_aside, storage_errors
+from moe_replay.errors import ConfigError
 from moe_replay.routing.trace import RoutingTrace, route_dtype
 
 ExportFormat = Literal["parquet", "safetensors", "npz"]
@@ -38,7 +38,7 @@ CHECKSUM_KEY = "moe_replay_sha256"
 PARQUET_SCHEMA = pa.schema(
     {
         "sequence": pa.int64(),
-        "token_digest": pa.binary(16),
+        "token_digest": pa.binary(DIGEST_BYTES),
         "tokens": pa.int32(),
         "routes": pa.large_binary(),
         "valid": pa.binary(),
@@ -87,8 +87,8 @@ class _Exported(NamedTuple):
         return np.array([0, *(part.stop for part in parts)], dtype="<i8")
 
     def digests(self) -> npt.NDArray[np.uint8]:
-        """[N, 16]."""
-        return np.frombuffer(b"".join(self.archive.token_digests), dtype=np.uint8).reshape(-1, 16)
+        """[N, DIGEST_BYTES]."""
+        return np.frombuffer(b"".join(self.archive.token_digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def export_routes(
@@ -110,8 +110,7 @@ def export_routes(
         overwrite: replace a file that is there.
 
     Raises:
-        ConfigError: `out` exists or can't be written.
-        RoutingMismatch: the archive lacks one of `layers`.
+        ConfigError: `out` exists or can't be written, or the archive lacks one of `layers`.
         ArchiveCorrupt: what is read is not as committed.
     """
     exported = _Exported(archive, chosen := _chosen(archive, layers), _about(archive, chosen))
@@ -119,13 +118,9 @@ def export_routes(
         raise ConfigError(f"{out} exists already; choose another name, or replace a file with --overwrite")
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent} to write {out.name} to; make it first")
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    try:
-        with storage_errors(f"writing {out}", creating=True):
-            _WRITERS[form](exported, partial)
-            os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with storage_errors(f"writing {out}", creating=True), file_aside(out) as partial:
+        _WRITERS[form](exported, partial)
+        os.replace(partial, out)
 
 
 def _chosen(archive: RouteArchive, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -133,7 +128,7 @@ def _chosen(archive: RouteArchive, layers: Sequence[int] | None) -> tuple[int, .
         return archive.layers
     missing = sorted(set(layers) - set(archive.layers))
     if missing or not layers:
-        raise RoutingMismatch(
+        raise ConfigError(
             f"{archive.artifact.name} has no routes of decoder layers {missing}; it has {archive.layers}: choose among "
             "these"
         )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
 from moe_replay.archive.provenance import RouteOrigin, RouteProvenance
+from moe_replay.archive.retention import IMPORTS_KEY
 from moe_replay.archive.routes import RoutedSequence, write_routes
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 from moe_replay.exchange.export_reading import open_export
@@ -71,7 +72,7 @@ def import_routes(
     sha256 = _digest(file)
     source = _open(file, model, told, keep_order)
     document = {
-        "imported_routes": {
+        IMPORTS_KEY: {
             "num_experts": source.origin.num_experts,
             "top_k": source.origin.top_k,
             "layers": list(source.origin.layers),

@@ -24,16 +24,18 @@ class RouterShape(NamedTuple):
 def router_shape(folder: Path) -> RouterShape:
     """The routers of the model whose config.json lies in `folder`; no weights are read, no code of the model's is run.
 
-    Raises ConfigError when there is no such config, or the model is dense or of a family that can't be replayed.
+    Raises ConfigError when there is no such config on this machine, it needs code of the model's own, or the model is
+    dense or of a family that can't be replayed.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Unless told otherwise, the library asks the user whether to run the model's code, and asks the hub for names.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{folder} gives no model that can be built ({type(error).__name__}); name a folder with the config.json "
-            "of a Hugging Face model, or say which layers have experts and how many"
+            "of a model that transformers knows without code of the model's own, or give --layers and --experts"
         ) from error
     routers = find_routers(model)[1]
     layers = tuple(router.layer for router in routers)

@@ -19,7 +19,7 @@ from moe_replay.config import RunConfig
 from moe_replay.engines.training import TokenSequence, TrainingEngine
 from moe_replay.routing.metrics import expert_load, extreme_fraction, load_imbalance, router_mismatch_metrics
 from moe_replay.routing.trace import RoutingTrace
-from moe_replay.stages.samples import Sample
+from moe_replay.stages.samples import Answer
 
 Metrics = dict[str, float]
 Traces = list[RoutingTrace]
@@ -38,15 +38,15 @@ class Responses:
     groups_N: np.ndarray
 
     @classmethod
-    def of(cls, samples: Iterator[Sample]) -> "Responses":
-        """Take what training needs of each sample and let go of its routes."""
+    def of(cls, answers: Iterator[Answer]) -> "Responses":
+        """Take what training needs of each answer."""
         kept = [
             (
-                TokenSequence(torch.tensor(sample.prompt_ids), torch.tensor(sample.response_ids)),
-                torch.tensor(sample.log_probs),
-                (sample.token_digest, sample.reward, sample.group),
+                TokenSequence(torch.tensor(answer.prompt_ids), torch.tensor(answer.response_ids)),
+                torch.tensor(answer.log_probs),
+                (answer.token_digest, answer.reward, answer.group),
             )
-            for sample in samples
+            for answer in answers
         ]
         sequences, log_probs, told = zip(*kept, strict=True)
         digests, rewards, groups = zip(*told, strict=True)
@@ -82,7 +82,7 @@ class Batch:
 
 def captured_routes(engine: TrainingEngine, archive: RouteArchive, parts: list[slice]) -> Iterator[Traces]:
     """The inference engine's routes by mini-batch, in the layers of `engine`; the next is read while one computes."""
-    layers = archive.positions(engine.layers)
+    layers = archive.require_model(engine.num_experts, engine.top_k, engine.layers)
     return read_ahead(lambda part: archive.read_sequences(part.start, part.stop, layers), parts)
 
 

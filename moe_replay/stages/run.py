@@ -16,7 +16,6 @@ from moe_replay.data.prompts import PromptTable
 from moe_replay.errors import ConfigError
 from moe_replay.seeds import derive_seed
 
-"""Folder of the checkpoint within a training artifact."""
 _INITIAL = "model://initial"
 
 STAGE_SECTIONS = {

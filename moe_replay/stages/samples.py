@@ -1,13 +1,14 @@
-"""The samples of a rollout in Parquet: tokens, log-probs, rewards, and the routes as the engine captured them.
+"""The samples of a rollout in Parquet: tokens, log-probs and rewards, and beside them the routes as captured.
 
-Raw routes are kept beside their tokens so that a crash between rollout and archiving loses neither: on a GPU the same
-sampling can't be repeated.
+Raw routes are kept with the rollout so that a crash before archiving does not lose them: on a GPU the same sampling
+can't be repeated. They lie in objects of their own, which training, that reads the archive, never fetches.
 """
 
 import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ from moe_replay.routing.trace import RoutingTrace, route_dtype
 
 PART_ROWS = 64
 """Samples in one object: what reading holds in memory at a time."""
+
+_ANSWERS, _CAPTURED = "part", "captured"
 
 SCHEMA = pa.schema(
     {
@@ -34,14 +37,13 @@ SCHEMA = pa.schema(
         "reward": pa.float64(),
         "truncated": pa.bool_(),
         "token_digest": pa.binary(16),
-        "routed_experts": pa.binary(),
-        "routed": pa.binary(),
     }
 )
+CAPTURE_SCHEMA = pa.schema({"sequence_id": pa.int64(), "routed_experts": pa.binary(), "routed": pa.binary()})
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, kw_only=True)
+class Answer:
     """One response to one prompt."""
 
     sequence_id: int
@@ -57,15 +59,12 @@ class Sample:
     text: str
     reward: float
     truncated: bool
-    trace: RoutingTrace
 
     def __post_init__(self) -> None:
-        tokens, responses = len(self.prompt_ids) + len(self.response_ids), len(self.response_ids)
-        if self.trace.num_tokens != tokens or len(self.log_probs) != responses:
+        if len(self.log_probs) != len(self.response_ids):
             raise RoutingMismatch(
-                f"sequence {self.sequence_id} has {tokens} tokens, {responses} of them of the response, but routes of "
-                f"{self.trace.num_tokens} rows and {len(self.log_probs)} log-probs; they belong to other tokens: "
-                "re-run the rollout, routes are never padded"
+                f"sequence {self.sequence_id} has {len(self.response_ids)} response tokens and {len(self.log_probs)} "
+                "log-probs; they belong to other tokens: run the rollout again"
             )
 
     @property
@@ -74,13 +73,40 @@ class Sample:
         return token_digest([*self.prompt_ids, *self.response_ids])
 
 
+AnAnswer = TypeVar("AnAnswer", bound=Answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Answer):
+    """One response to one prompt, and the routes that served it."""
+
+    trace: RoutingTrace
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tokens = len(self.prompt_ids) + len(self.response_ids)
+        if self.trace.num_tokens != tokens:
+            raise RoutingMismatch(
+                f"sequence {self.sequence_id} has {tokens} tokens but routes of {self.trace.num_tokens} rows; they "
+                "belong to other tokens: re-run the rollout, routes are never padded"
+            )
+
+
 def write_samples(writer: StageWriter, samples: Sequence[Sample]) -> None:
-    """Write `part-*.parquet`; one schema, `PART_ROWS` samples a part."""
+    """Write `part-*.parquet` and the routes in `captured-*.parquet`, `PART_ROWS` samples each."""
     for part, start in enumerate(range(0, len(samples), PART_ROWS)):
-        rows = [_to_row(sample) for sample in samples[start : start + PART_ROWS]]
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="zstd")
-        writer.write_bytes(f"part-{part:05d}.parquet", buffer.getvalue())
+        held = samples[start : start + PART_ROWS]
+        answers = [{name: getattr(sample, name) for name in SCHEMA.names} for sample in held]
+        _write(writer, f"{_ANSWERS}-{part:05d}.parquet", pa.Table.from_pylist(answers, SCHEMA))
+        captured = [_captured(sample) for sample in held]
+        _write(writer, f"{_CAPTURED}-{part:05d}.parquet", pa.Table.from_pylist(captured, CAPTURE_SCHEMA))
+
+
+def read_answers(artifact: Artifact) -> Iterator[Answer]:
+    """The samples of a rollout, in order, without their routes; raises as `read_samples` does."""
+    for path in _parts(artifact, _ANSWERS):
+        for row in _read(artifact, path, SCHEMA):
+            yield _checked(Answer(**_without_digest(row)), row["token_digest"])
 
 
 def read_samples(artifact: Artifact) -> Iterator[Sample]:
@@ -91,10 +117,16 @@ def read_samples(artifact: Artifact) -> Iterator[Sample]:
         RoutingMismatch: a sample's tokens are not those its routes were captured for.
     """
     origin = route_origin(artifact)
-    for stored in artifact.commit.objects:
-        table = pq.read_table(io.BytesIO(artifact.read_bytes(stored.path)), schema=SCHEMA)
-        for row in table.to_pylist():
-            yield _from_row(row, origin)
+    for answers, captured in zip(_parts(artifact, _ANSWERS), _parts(artifact, _CAPTURED), strict=True):
+        rows = zip(_read(artifact, answers, SCHEMA), _read(artifact, captured, CAPTURE_SCHEMA), strict=True)
+        for row, routes in rows:
+            if row["sequence_id"] != routes["sequence_id"]:
+                raise RoutingMismatch(
+                    f"{artifact.name}/{captured} has routes of sequence {routes['sequence_id']} where {answers} has "
+                    f"sequence {row['sequence_id']}; the rollout was altered: run it again"
+                )
+            sample = Sample(**_without_digest(row), trace=_trace(routes, origin))
+            yield _checked(sample, row["token_digest"])
 
 
 def route_origin(artifact: Artifact) -> RouteOrigin:
@@ -102,29 +134,47 @@ def route_origin(artifact: Artifact) -> RouteOrigin:
     return RouteOrigin.model_validate(artifact.commit.attributes)
 
 
-def _to_row(sample: Sample) -> dict:
-    row = {name: getattr(sample, name) for name in SCHEMA.names if name not in ("routed_experts", "routed")}
-    row["routed_experts"] = sample.trace.ids_TLK.tobytes()
-    row["routed"] = sample.trace.valid_T.tobytes()
-    return row
+def _parts(artifact: Artifact, kind: str) -> list[str]:
+    return [stored.path for stored in artifact.commit.objects if stored.path.startswith(f"{kind}-")]
 
 
-def _from_row(row: dict, origin: RouteOrigin) -> Sample:
-    routed, dtype = row.pop("routed_experts"), np.dtype(route_dtype(origin.num_experts))
-    valid_T = np.frombuffer(row.pop("routed"), dtype=np.bool_)
-    expected = row.pop("token_digest")
+def _write(writer: StageWriter, path: str, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    writer.write_bytes(path, buffer.getvalue())
+
+
+def _read(artifact: Artifact, path: str, schema: pa.Schema) -> list[dict]:
+    return pq.read_table(io.BytesIO(artifact.read_bytes(path)), schema=schema).to_pylist()
+
+
+def _captured(sample: Sample) -> dict:
+    routed_experts, routed = sample.trace.ids_TLK.tobytes(), sample.trace.valid_T.tobytes()
+    return {"sequence_id": sample.sequence_id, "routed_experts": routed_experts, "routed": routed}
+
+
+def _trace(row: dict, origin: RouteOrigin) -> RoutingTrace:
+    dtype = np.dtype(route_dtype(origin.num_experts))
+    valid_T = np.frombuffer(row["routed"], dtype=np.bool_)
     shape = (len(valid_T), len(origin.layers), origin.top_k)
-    if len(routed) != math.prod(shape) * dtype.itemsize:
+    if len(row["routed_experts"]) != math.prod(shape) * dtype.itemsize:
         raise RoutingMismatch(
-            f"sequence {row['sequence_id']} has {len(routed)} bytes of routes, {dtype} of shape {shape} takes "
-            f"{math.prod(shape) * dtype.itemsize}; they are of another model: run the rollout again"
+            f"sequence {row['sequence_id']} has {len(row['routed_experts'])} bytes of routes, {dtype} of shape {shape} "
+            f"takes {math.prod(shape) * dtype.itemsize}; they are of another model: run the rollout again"
         )
-    ids_TLK = np.frombuffer(routed, dtype=dtype).reshape(shape)
-    trace = RoutingTrace(ids_TLK, valid_T, origin.num_experts, origin.layers)
-    sample = Sample(**row, trace=trace)
-    if sample.token_digest != expected:
+    ids_TLK = np.frombuffer(row["routed_experts"], dtype=dtype).reshape(shape)
+    return RoutingTrace(ids_TLK, valid_T, origin.num_experts, origin.layers)
+
+
+def _without_digest(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != "token_digest"}
+
+
+def _checked(answer: AnAnswer, expected: bytes) -> AnAnswer:
+    """The answer, unless its tokens are not those that the rollout wrote."""
+    if answer.token_digest != expected:
         raise RoutingMismatch(
-            f"sequence {sample.sequence_id} has tokens of digest {sample.token_digest.hex()}, its routes were captured "
+            f"sequence {answer.sequence_id} has tokens of digest {answer.token_digest.hex()}, its routes were captured "
             f"for {expected.hex()}; the rollout was altered: run it again"
         )
-    return sample
+    return answer

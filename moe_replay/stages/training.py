@@ -28,7 +28,7 @@ from moe_replay.stages.old_log_probs import (
     prefixed,
 )
 from moe_replay.stages.run import Run
-from moe_replay.stages.samples import read_samples
+from moe_replay.stages.samples import read_answers
 
 
 def train_replayed(
@@ -52,7 +52,7 @@ def train_replayed(
     if engine.weights != policy.sha256:
         with run.policy(policy, with_optimizer=True) as held:
             engine.load(held.folder, held.sha256, held.is_checkpoint)
-    responses = Responses.of(read_samples(run.open(rollout)))
+    responses = Responses.of(read_answers(run.open(rollout)))
     archive = RouteArchive.open(run.open(routes))
     archive.require_model(engine.num_experts, engine.top_k, engine.layers)
     archive.require_rollout(rollout)

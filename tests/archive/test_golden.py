@@ -14,6 +14,7 @@ import pytest
 from numcodecs.zstd import Zstd
 
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
+from moe_replay.archive.expert_sets import decode_sets
 from moe_replay.archive.routes import (
     RouteArchive,
     RoutedSequence,
@@ -132,3 +133,17 @@ def test_a_reader_made_from_the_specification_alone_reads_the_golden_archive():
         assert np.array_equal(valid[tokens], trace.valid_T)
         ids = golden_tokens(i).astype("<i4").tobytes()
         assert digests[i].tobytes() == hashlib.blake2b(ids, digest_size=16).digest()
+
+
+CODED = {"plain": 16, "ranks": 128, "gaps": 512, "related": 64}
+"""Coded chunks, one for each mode of the expert-set codec, and their numbers of experts."""
+
+
+@pytest.mark.parametrize("mode", CODED)
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_each_mode_of_the_codec_reads_its_golden_chunk(mode, keep_order):
+    name = f"{mode}-in-order" if keep_order else mode
+    coded, ids_RK = (GOLDEN / "coded" / f"{name}.bin").read_bytes(), np.load(GOLDEN / "coded" / f"{mode}.npy")
+    expected = ids_RK if keep_order else np.sort(ids_RK, axis=1)
+    assert coded[0] == list(CODED).index(mode)
+    assert np.array_equal(decode_sets(coded, ids_RK.shape, CODED[mode], keep_order), expected)

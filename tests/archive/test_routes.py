@@ -117,9 +117,19 @@ def test_routes_of_another_rollout_are_refused():
         opened_archive().require_rollout(wanted)
 
 
-@pytest.mark.parametrize("model", [(17, 4, (1, 2, 5)), (16, 3, (1, 2, 5)), (16, 4, (1, 2, 6))])
+@pytest.mark.parametrize(
+    ("layers", "positions"), [((1, 2, 5), slice(0, 3)), ((1,), slice(0, 1)), ((2, 5), slice(1, 3))]
+)
+def test_a_stage_of_a_pipeline_finds_its_own_layers(layers, positions):
+    archive = opened_archive()
+    assert archive.require_model(16, 4, layers) == positions
+    assert archive.read(slice(0, 3), positions).layers == layers
+
+
+@pytest.mark.parametrize(
+    "model", [(17, 4, (1, 2, 5)), (16, 3, (1, 2, 5)), (16, 4, (1, 2, 6)), (16, 4, (1, 5)), (16, 4, ())]
+)
 def test_routes_of_another_model_are_refused(model):
-    opened_archive().require_model(16, 4, (1, 2, 5))
     with pytest.raises(RoutingMismatch, match=r"= \(16, 4, \(1, 2, 5\)\), expected"):
         opened_archive().require_model(*model)
 

@@ -1,21 +1,19 @@
 """A whole run with its root on an S3 store that fails now and then."""
 
-import runpy
 from pathlib import Path
 
 import pytest
+from command import SMALL, run_json
 from fault_proxy import FaultProxy, at_random
 from s3_server import S3Server
 
-command = runpy.run_path(str(Path(__file__).parent.parent / "flow" / "command.py"))
-SETTINGS = {**command["SMALL"], "rollout.dtype": "float32"}
+SETTINGS = {**SMALL, "rollout.dtype": "float32"}
 
 
 @pytest.mark.slow
 def test_a_run_on_a_failing_store_commits_the_bytes_of_an_undisturbed_run(
     s3_server: S3Server, proxy: FaultProxy, root: str, tmp_path: Path
 ) -> None:
-    run_json = command["run_json"]
     run = ("run", "--method=r3", "--run-id=small", "--iterations=2")
 
     undisturbed = run_json(*run, f"--root={tmp_path.as_uri()}", settings=SETTINGS)

@@ -13,7 +13,7 @@ from moe_replay.archive.routes import RouteArchive, RouteOrigin, token_digest, w
 from moe_replay.errors import ArchiveCorrupt, RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace
 from moe_replay.stages import samples as samples_module
-from moe_replay.stages.samples import Sample, read_samples, route_origin, write_samples
+from moe_replay.stages.samples import Sample, read_answers, read_samples, route_origin, write_samples
 
 LAYERS = (1, 2, 5)
 
@@ -91,9 +91,13 @@ def test_samples_round_trip_through_any_number_of_parts(batch, part_rows):
         patch.setattr(samples_module, "PART_ROWS", part_rows)
         artifact = commit_samples(fresh_store(), samples, origin)
     read = list(read_samples(artifact))
-    assert len(artifact.commit.objects) == -(-len(samples) // part_rows)
+    assert len(artifact.commit.objects) == 2 * -(-len(samples) // part_rows)
     assert len(read) == len(samples)
     assert all(same(a, b) for a, b in zip(read, samples, strict=True))
+    answers = list(read_answers(artifact))
+    assert [(a.prompt_ids, a.response_ids, a.reward) for a in answers] == [
+        (s.prompt_ids, s.response_ids, s.reward) for s in samples
+    ]
     assert route_origin(artifact) == origin
 
 
@@ -127,12 +131,12 @@ def test_log_probs_keep_the_bits_the_engine_computed_in():
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_routes_of_another_number_of_tokens_are_refused(rows):
-    with pytest.raises(RoutingMismatch, match="sequence 4 has 4 tokens, 2 of them of the response, but routes of"):
+    with pytest.raises(RoutingMismatch, match="sequence 4 has 4 tokens but routes of"):
         make_sample(4, [1, 2], [3, 4], rows=rows)
 
 
 def test_log_probs_of_another_number_of_tokens_are_refused():
-    with pytest.raises(RoutingMismatch, match="3 log-probs"):
+    with pytest.raises(RoutingMismatch, match="2 response tokens and 3 log-probs"):
         dataclasses.replace(make_sample(0, [1, 2], [3, 4]), log_probs=[-1.0, -1.0, -1.0])
 
 
@@ -158,9 +162,12 @@ def test_an_altered_token_under_a_good_checksum_is_found_by_its_digest(column):
     pq.write_table(table.from_pylist(rows, table.schema), buffer)
     writer = store.begin("rollout", 1, {}, "digest")
     writer.write_bytes("part-00000.parquet", buffer.getvalue())
+    writer.write_bytes("captured-00000.parquet", artifact.read_bytes("captured-00000.parquet"))
     altered = store.open(writer.commit(attributes=origin.model_dump(mode="json")))
     with pytest.raises(RoutingMismatch, match="sequence 1 has tokens of digest"):
         list(read_samples(altered))
+    with pytest.raises(RoutingMismatch, match="sequence 1 has tokens of digest"):
+        list(read_answers(altered))
 
 
 @pytest.mark.parametrize("origin", [origin_of(16, 4), origin_of(257, 2)], ids=["another top-k", "another width"])
@@ -168,3 +175,17 @@ def test_routes_under_another_models_shape_are_refused(origin):
     artifact = commit_samples(fresh_store(), [make_sample(0, [1, 2], [3, 4])], origin)
     with pytest.raises(RoutingMismatch):
         list(read_samples(artifact))
+
+
+def test_routes_of_another_sequence_beside_good_tokens_are_refused():
+    store, origin = fresh_store(), origin_of(16, 2)
+    artifact = commit_samples(store, [make_sample(n, [1, 2], [3, 4]) for n in range(3)], origin)
+    table = pq.read_table(io.BytesIO(artifact.read_bytes("captured-00000.parquet")))
+    buffer = io.BytesIO()
+    pq.write_table(table.take([0, 2, 1]), buffer)
+    writer = store.begin("rollout", 1, {}, "digest")
+    writer.write_bytes("part-00000.parquet", artifact.read_bytes("part-00000.parquet"))
+    writer.write_bytes("captured-00000.parquet", buffer.getvalue())
+    altered = store.open(writer.commit(attributes=origin.model_dump(mode="json")))
+    with pytest.raises(RoutingMismatch, match=r"has routes of sequence 2 where .* has sequence 1"):
+        list(read_samples(altered))
