@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.retention import IMPORTS_KEY
 from moe_replay.config import EMBEDDED, RunConfig, home_folder, parse_config, run_root
 from moe_replay.data.prompts import PromptTable
 from moe_replay.data.rewards import require_known_sources
@@ -79,7 +80,7 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
 def stored_config(store: RunStore) -> RunConfig:
     """The config a run was created with. Raises ConfigError when there is no such run."""
     document = store.read_run()
-    if "imported_routes" in document:
+    if IMPORTS_KEY in document:
         raise ConfigError(
             f"run {store.run_id} holds routes that were imported, nothing to train; see moe-replay archive inspect "
             f"{store.run_id}"

@@ -201,7 +201,10 @@ def s3_environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "words", [["run"], ["status", "run-1"], ["archive", "verify", "run-1", "--json"]], ids=" ".join
+    "words",
+    # Each waits for as long as storage is given to come back.
+    [["run"], pytest.param(["archive", "verify", "run-1", "--json"], marks=pytest.mark.slow)],
+    ids=" ".join,
 )
 def test_storage_that_does_not_answer_is_told_without_credentials(refused, tmp_path, words):
     secrets = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": SECRET}

@@ -1,6 +1,5 @@
 """`archive diff`, `export` and `import` as a user meets them."""
 
-import importlib
 import json
 
 import numpy as np
@@ -13,8 +12,6 @@ from moe_replay.cli.exchange import parse_layers
 from moe_replay.errors import ConfigError
 from moe_replay.routing.trace import RoutingTrace
 from moe_replay.stages.samples import Sample, write_samples
-
-importlib.import_module("moe_replay.cli.diff")  # which adds its command
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -110,6 +107,17 @@ def test_a_dump_of_an_engine_is_imported_and_compared_with_a_run(command, runs, 
     assert json.loads(command("diff", "mydump", "one", "--json"))["agreement"] == 1
 
 
+def test_a_model_with_code_of_its_own_is_refused_without_running_it(command, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    auto_map = {"AutoConfig": "harm.Config", "AutoModelForCausalLM": "harm.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "harm", "auto_map": auto_map}))
+    (folder / "harm.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')")
+    with pytest.raises(ConfigError, match="give --layers and --experts"):
+        command("import", dump(tmp_path / "dump.jsonl"), "--run-id", "x", "--model", folder)
+    assert not (tmp_path / "harm").exists()
+
+
 def test_diff_tells_where_two_runs_part(command, runs):
     found = json.loads(command("diff", "one", "two@0", "--json"))
     assert (found["a"], found["b"], found["same_tokens"], found["shared_sequences"]) == ("one@0", "two@0", True, 5)
@@ -153,11 +161,18 @@ def test_an_export_is_imported_elsewhere(command, runs, form):
         (["export", "one", "routes.csv"], "ends with none of .parquet, .safetensors, .npz"),
         (["export", "one", "nowhere/routes.npz"], "there is no folder nowhere"),
         (["export", "one", "routes.npz", "--layers", "1;2"], "write them like 0-11,20"),
+        (["export", "one", "routes.npz", "--layers", "3-1"], "the range falls"),
+        (["export", "one", "routes.npz", "--layers", "1,99"], "no routes of decoder layers [99]; it has (1, 2, 3)"),
         (["export", "nothing", "routes.npz"], "there is no run nothing"),
         (["diff", "one", "two@last"], "neither a run nor RUN@ITERATION"),
+        (["diff", "one", "two@4", "--figure", "diff.jpg"], "does not end with .png"),
+        (["diff", "one", "two@4", "--figure", "nowhere/diff.png"], "there is no folder nowhere"),
         (["diff", "one", "two@4"], "no routing archive of iteration 4"),
         (["import", "dump.jsonl", "--run-id", "x"], "--model, or give --layers and --experts"),
         (["import", "dump.jsonl", "--run-id", "x", "--experts", "16"], "give both, or --model"),
+        (["import", "dump.jsonl", "--run-id", "x", "--layers", "5-3", "--experts", "16"], "the range falls"),
+        (["import", "dump.jsonl", "--run-id", "x", "--layers", "1-3", "--experts", "0"], "1 to 65536 experts"),
+        (["import", "dump.jsonl", "--run-id", "x", "--model", "org/name"], "org/name gives no model"),
         (["import", "dump.jsonl", "--run-id", "x", "--model", "empty"], "empty gives no model"),
         (["import", "dump.jsonl", "--run-id", "../x", "--layers", "1-3", "--experts", "16"], "is not usable"),
         (["import", "dump.jsonl", "--run-id", "one", "--layers", "1-3", "--experts", "16"], "exists with another"),

@@ -74,9 +74,24 @@ def test_ages_are_told_in_days_hours_and_minutes(words, days):
     assert bound.arguments["older_than"].total_seconds() == days * 86400
 
 
-def test_a_run_that_is_not_there_is_refused(store, command):
+def test_a_run_that_is_not_there_is_refused_before_anything_is_removed(store, command):
+    before = store.folder.files()
     with pytest.raises(ConfigError, match="no run other"):
-        command("other")
+        command("run-1", "other", "--grace", "0s", "--delete")
+    assert store.folder.files() == before
+
+
+@pytest.mark.parametrize("named", [(), ("damaged", "run-1")])
+def test_a_run_with_a_damaged_document_does_not_keep_others_from_being_cleaned(store, command, named, tmp_path):
+    damaged = RunStore(str(tmp_path), "damaged")
+    damaged.create_run({})
+    damaged.folder.write("run.json", b"{")
+    damaged.begin("rollout", 0, {}, "d").write_bytes("part", b"half")
+    before = damaged.folder.files()
+    told = json.loads(command(*named, "--grace", "0s", "--delete", "--json"))
+    assert [row["name"].split("/")[0] for row in told["removable"]] == ["run-1"]
+    assert told["left_alone"][0].startswith("damaged: object ")
+    assert damaged.folder.files() == before
 
 
 def test_no_iteration_to_keep_is_refused(tmp_path):

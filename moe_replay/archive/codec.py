@@ -73,10 +73,13 @@ class ExpertSetCodec(ArrayBytesCodec):
         raise NotImplementedError
 
     async def _encode_single(self, chunk_data: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        ids = np.ascontiguousarray(chunk_data.as_numpy_array())
-        ids_RK = ids.reshape(-1, ids.shape[-1])
-        coded = await asyncio.to_thread(encode_sets, ids_RK, self.num_experts, self.keep_order)
+        coded = await asyncio.to_thread(self._encode, chunk_data.as_numpy_array())
         return chunk_spec.prototype.buffer.from_bytes(coded)
+
+    def _encode(self, ids: np.ndarray) -> bytes:
+        # Chunks of a layer-major array are strided where routes come token-major; copying takes as long as coding.
+        ids_RK = np.ascontiguousarray(ids).reshape(-1, ids.shape[-1])
+        return encode_sets(ids_RK, self.num_experts, self.keep_order)
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         *outer, top_k = chunk_spec.shape

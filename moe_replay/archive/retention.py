@@ -34,8 +34,8 @@ EXPIRING_STAGES = tuple(stage for stage in STAGES if stage != "evaluation")
 GRACE = timedelta(hours=1)
 """How long nothing may have been written to a leftover before it is taken for one.
 
-A live writer must not pause for longer once its first object is written. Before that it may: rollout and training
-write nothing while they compute, and losing the note that they began does them no harm.
+A live writer must not pause for longer between objects. Before the first it may, as rollout and training do: to lose
+the note that it began does a writer no harm.
 """
 
 IMPORTS_KEY = "imported_routes"
@@ -116,8 +116,7 @@ def find_probes(root: str, grace: timedelta = GRACE) -> Findings:
 def find_removable(store: RunStore, retention: Retention = Retention(), grace: timedelta = GRACE) -> Findings:
     """What of a run may go: leftovers that nobody wrote to for `grace`, and what `retention` gives up.
 
-    Nothing is changed, and nothing found in a run whose document is damaged. Raises ConfigError when there is no such
-    run.
+    Nothing is changed. A run whose document is damaged is left alone. Raises ConfigError when there is no such run.
     """
     try:
         imports = IMPORTS_KEY in store.read_run()
@@ -231,17 +230,16 @@ def _leftovers(found: dict[str, Files], prefix: str, why: str, before: datetime)
 
 def _kept_from(artifacts: list[Artifact], imports: bool) -> int:
     """The iteration from which on everything is kept."""
-    last_stage = "routes" if imports else "training"
-    return max((a.commit.iteration for a in artifacts if a.commit.stage == last_stage), default=0)
+    last = "routes" if imports else "training"
+    return max((artifact.commit.iteration for artifact in artifacts if artifact.commit.stage == last), default=0)
 
 
 def _given_up(
     artifacts: list[Artifact], files: Files, retention: Retention, now: datetime, kept_from: int
 ) -> Iterator[tuple[Artifact, Expiry]]:
     """What the retention asks to remove of the iterations before `kept_from`."""
-    iterations = sorted({artifact.commit.iteration for artifact in artifacts})
     keep, age = retention.keep_iterations, retention.older_than
-    last = set(iterations if keep is None else iterations[-keep:])
+    last = sorted({artifact.commit.iteration for artifact in artifacts})[-keep if keep else 0 :]
     for artifact in artifacts:
         commit, listed = artifact.commit, files.get(f"{artifact.ref.uri}/{COMMIT_FILE}")
         if commit.iteration >= kept_from or commit.stage not in EXPIRING_STAGES or listed is None:
@@ -277,8 +275,7 @@ def _expiring(artifact: Artifact, wanted: Expiry | None, files: Files) -> Remova
 
 def _committed_in(root: str, name: str) -> set[str]:
     """Paths of what is committed of the stage that a leftover's folder is of, relative to the root."""
-    run_id, _, uri = name.partition("/")
-    parts = uri.split("/")
+    run_id, *parts = name.split("/")
     if len(parts) != 3:
         return set()
     store = RunStore(root, run_id)

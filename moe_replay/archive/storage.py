@@ -232,10 +232,7 @@ class Storage:
 
 @contextmanager
 def file_aside(path: Path) -> Iterator[Path]:
-    """A free name next to `path`, for a file to be made there and then moved, so that `path` is never seen half written.
-
-    What is left of it afterwards is removed.
-    """
+    """A free name next to `path`, to make a file at and then move, so that `path` is never seen half written."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield aside

@@ -12,10 +12,11 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
-from moe_replay.errors import ConfigError
+from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.exchange.exporting import EXPORT_FORMATS, ExportFormat, export_routes
 from moe_replay.exchange.foreign_routes import ModelShape
 from moe_replay.exchange.importing import ToldOrigin, import_routes
+from moe_replay.routing.trace import route_dtype
 
 _LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
@@ -135,10 +136,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
         raise ConfigError(f"layers {text!r} are not decoder layer indices; write them like 0-11,20")
     layers: set[int] = set()
     for part in text.split(","):
-        first, last = (int(end) for end in (part.split("-") * 2)[:2])
-        if last < first:
-            raise ConfigError(f"layers {part} of {text!r} fall; write a range from its first layer to its last")
-        layers |= set(range(first, last + 1))
+        first, _, last = part.partition("-")
+        named = range(int(first), int(last or first) + 1)
+        if not named:
+            raise ConfigError(f"layers {part} are none, the range falls; write it from its lowest layer to its highest")
+        layers |= set(named)
     return tuple(sorted(layers))
 
 

@@ -1,7 +1,9 @@
 """`moe-replay archive gc`: remove what dead writers left, and artifacts that have served."""
 
 import json
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -20,6 +22,7 @@ from moe_replay.archive.retention import (
     runs_under,
 )
 from moe_replay.cli.console import Json, Root, out, root_of
+from moe_replay.errors import ArchiveCorrupt
 
 
 def gc(
@@ -35,7 +38,7 @@ def gc(
     """Show what can be removed from storage and why; with --delete, remove it.
 
     Always leftovers of writers that died. Artifacts only where an option asks for it, never those of the newest trained
-    iteration, and never evaluations; commits and metrics stay, so a run goes on as before.
+    iteration (of imports: the newest), and never evaluations; commits and metrics stay, so a run goes on as before.
 
     Parameters
     ----------
@@ -48,7 +51,7 @@ def gc(
     keep_last_checkpoint
         Also the checkpoints of all but the newest training.
     grace
-        How long nothing may have been written to a leftover; a live writer must not pause for longer.
+        How long nothing may have been written to a leftover; a live writer must not pause for longer between objects.
     delete
         Remove it. Without this nothing is changed.
     root
@@ -58,11 +61,18 @@ def gc(
     """
     url = root_of(root)
     retention = Retention(older_than, keep_iterations, keep_last_checkpoint)
-    searched = [find_removable(RunStore(url, run), retention, grace) for run in runs or runs_under(url)]
-    found = Findings.joined([*searched, find_probes(url, grace)])
-    if delete:
-        for removable in found.removable:
+    for run in runs:
+        # A wrong name is told before anything is removed; a damaged run is told with what was found.
+        with suppress(ArchiveCorrupt):
+            RunStore(url, run).read_run()
+    # Run by run, and each removed as soon as it was looked at, so that little happens in between.
+    searches = [partial(find_removable, RunStore(url, run), retention, grace) for run in runs or runs_under(url)]
+    searched = []
+    for search in (*searches, partial(find_probes, url, grace)):
+        searched.append(search())
+        for removable in searched[-1].removable if delete else ():
             remove(url, removable)
+    found = Findings.joined(searched)
     if json_:
         rows = [_row(removable) for removable in found.removable]
         print(json.dumps({"root": url, "deleted": delete, "removable": rows, "left_alone": found.left_alone}))

@@ -6,10 +6,11 @@ Legend: T tokens of all sequences, L MoE layers, K experts per token, N sequence
 
 import hashlib
 import struct
+import tokenize
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -23,15 +24,17 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from moe_replay.archive.provenance import RouteOrigin, RouteProvenance
+from moe_replay.archive.route_writing import DIGEST_BYTES
 from moe_replay.archive.routes import RoutedSequence
 from moe_replay.errors import ArchiveCorrupt, ConfigError, ReplayError, RoutingMismatch
 from moe_replay.exchange.exporting import ABOUT_KEY, CHECKSUM_KEY, PARQUET_SCHEMA, ExportAbout
 from moe_replay.routing.trace import RoutingTrace, check_layers, route_dtype
 
-_DIGEST_BYTES = 16
 _BATCH_ROWS = 16
 _BLOCK = 8 * 2**20
-_LIBRARY_ERRORS = (pa.ArrowException, zipfile.BadZipFile, zlib.error, NotImplementedError)
+# The last three come from Python's parser, to which numpy gives headers.
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, struct.error, zlib.error, zipfile.BadZipFile)
+_UNREADABLE += (NotImplementedError, SafetensorError, pa.ArrowException, tokenize.TokenError, SyntaxError, TypeError)
 
 
 class Export(NamedTuple):
@@ -47,20 +50,32 @@ def open_export(path: Path) -> Export | None:
     """The export in a file by its suffix and by what it says of itself; None where it says nothing of an export.
 
     Raises:
-        ConfigError: the file can't be read as what its suffix says.
-        ArchiveCorrupt: it breaks the format.
+        ConfigError: it can't be read as what its suffix says, so that nothing tells whether it ever was an export.
+        ArchiveCorrupt: it says that it is an export, and breaks the format.
     """
-    readers = {".parquet": _open_parquet, ".safetensors": _open_safetensors, ".npz": _open_npz}
-    with _readable(path):
-        return readers[path.suffix](path) if path.suffix in readers else None
-
-
-def _open_parquet(path: Path) -> Export | None:
-    file = pq.ParquetFile(path, page_checksum_verification=True)
-    metadata = file.schema_arrow.metadata or {}
-    about = metadata.get(ABOUT_KEY.encode())
-    if about is None:
+    readers = {
+        ".parquet": (_is_parquet_export, _open_parquet),
+        ".safetensors": (_is_safetensors_export, _open_safetensors),
+        ".npz": (_is_npz_export, _open_npz),
+    }
+    if path.suffix not in readers:
         return None
+    is_export, opened = readers[path.suffix]
+    with _readable(path, _neither):
+        if not is_export(path):
+            return None
+    with _readable(path, _broken):
+        return opened(path)
+
+
+def _is_parquet_export(path: Path) -> bool:
+    return ABOUT_KEY.encode() in (pq.read_schema(path).metadata or {})
+
+
+def _open_parquet(path: Path) -> Export:
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    metadata = file.schema_arrow.metadata
+    about = metadata[ABOUT_KEY.encode()]
     _check_sum(path, hashlib.sha256(about).hexdigest(), metadata.get(CHECKSUM_KEY.encode(), b"").decode())
     if not file.schema_arrow.equals(PARQUET_SCHEMA):
         raise _broken(path, f"its columns are {file.schema_arrow.names}, expected {PARQUET_SCHEMA.names}")
@@ -71,7 +86,7 @@ def _open_parquet(path: Path) -> Export | None:
 def _parquet_sequences(path: Path, file: pq.ParquetFile, provenance: RouteProvenance) -> Iterator[RoutedSequence]:
     start = 0
     dtype, per_token = _layout(provenance)
-    with _readable(path), file:
+    with _readable(path, _broken), file:
         for batch in file.iter_batches(batch_size=_BATCH_ROWS):
             for row in batch.to_pylist():
                 tokens, routes, valid = row["tokens"], row["routes"], row["valid"]
@@ -84,11 +99,14 @@ def _parquet_sequences(path: Path, file: pq.ParquetFile, provenance: RouteProven
     _require_tokens(path, provenance, start)
 
 
-def _open_safetensors(path: Path) -> Export | None:
+def _is_safetensors_export(path: Path) -> bool:
     with safe_open(path, framework="np") as file:
-        metadata = file.metadata() or {}
-        if ABOUT_KEY not in metadata:
-            return None
+        return ABOUT_KEY in (file.metadata() or {})
+
+
+def _open_safetensors(path: Path) -> Export:
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
         about = metadata[ABOUT_KEY].encode()
         _check_sum(path, _data_sha256(path, about), metadata.get(CHECKSUM_KEY, ""))
         provenance = _provenance(path, about)
@@ -103,7 +121,7 @@ def _open_safetensors(path: Path) -> Export | None:
 def _safetensors_sequences(
     path: Path, provenance: RouteProvenance, small: dict[str, npt.NDArray]
 ) -> Iterator[RoutedSequence]:
-    with _readable(path), safe_open(path, framework="np") as file:
+    with _readable(path, _broken), safe_open(path, framework="np") as file:
         ids_TLK = file.get_slice("ids")
         for i, (start, stop) in enumerate(_ranges(path, small["offsets"], provenance)):
             # The library refuses an empty slice at the end of a tensor.
@@ -127,11 +145,17 @@ def _check_sum(path: Path, found: str, expected: str) -> None:
         raise _broken(path, f"its content has sha256 {found}, it says {expected[:64]}")
 
 
-def _open_npz(path: Path) -> Export | None:
+def _is_npz_export(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
-        if f"{ABOUT_KEY}.npy" not in archive.namelist():
-            return None
-        provenance = _provenance(path, _npz_array(path, archive, ABOUT_KEY).item().encode())
+        return f"{ABOUT_KEY}.npy" in archive.namelist()
+
+
+def _open_npz(path: Path) -> Export:
+    with zipfile.ZipFile(path) as archive:
+        about = _npz_array(path, archive, ABOUT_KEY)
+        if about.shape != () or about.dtype.kind != "U":
+            raise _broken(path, f"{ABOUT_KEY}.npy holds {about.dtype} of shape {about.shape}, expected one text")
+        provenance = _provenance(path, about.item().encode())
         headers = {}
         for name in ("ids", "valid", "offsets", "token_digests"):
             with archive.open(f"{name}.npy") as stream:
@@ -145,7 +169,7 @@ def _open_npz(path: Path) -> Export | None:
 
 def _npz_sequences(path: Path, provenance: RouteProvenance, small: dict[str, npt.NDArray]) -> Iterator[RoutedSequence]:
     dtype, per_token = _layout(provenance)
-    with _readable(path), zipfile.ZipFile(path) as archive, archive.open("ids.npy") as stream:
+    with _readable(path, _broken), zipfile.ZipFile(path) as archive, archive.open("ids.npy") as stream:
         _npz_header(path, stream, "ids")
         for i, (start, stop) in enumerate(_ranges(path, small["offsets"], provenance)):
             data = stream.read((stop - start) * per_token * dtype.itemsize)
@@ -191,7 +215,7 @@ def _check_shapes(
         "ids": (provenance.tokens, len(provenance.layers), provenance.top_k),
         "valid": (provenance.tokens,),
         "offsets": (num_sequences + 1,),
-        "token_digests": (num_sequences, _DIGEST_BYTES),
+        "token_digests": (num_sequences, DIGEST_BYTES),
     }
     expected = {name: (dtypes.get(name, byte), shape) for name, shape in shapes.items()}
     if found != expected:
@@ -254,7 +278,7 @@ def _require_tokens(path: Path, provenance: RouteProvenance, found: int) -> None
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path, error_of: Callable[[Path, str], ReplayError]) -> Iterator[None]:
     """What libraries raise for a file that is damaged or no such file, as one of our errors."""
     try:
         yield
@@ -262,8 +286,15 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}; check its name") from error
-    except (OSError, ValueError, KeyError, EOFError, struct.error, SafetensorError, *_LIBRARY_ERRORS) as error:
-        raise _broken(path, f"it can't be read as {path.suffix[1:]} ({type(error).__name__}: {error})") from error
+    except _UNREADABLE as error:
+        raise error_of(path, f"it can't be read as {path.suffix[1:]} ({type(error).__name__}: {error})") from error
+
+
+def _neither(path: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is neither an export nor a dump that can be imported: {what}; check its name, and if it was one and "
+        "was cut, export or copy it again"
+    )
 
 
 def _broken(path: Path, what: str) -> ArchiveCorrupt:

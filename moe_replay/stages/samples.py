@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_replay.archive.artifacts import Artifact, StageWriter
+from moe_replay.archive.route_writing import DIGEST_BYTES
 from moe_replay.archive.routes import RouteOrigin, token_digest
 from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace, route_dtype
@@ -36,7 +37,7 @@ SCHEMA = pa.schema(
         "text": pa.string(),
         "reward": pa.float64(),
         "truncated": pa.bool_(),
-        "token_digest": pa.binary(16),
+        "token_digest": pa.binary(DIGEST_BYTES),
     }
 )
 CAPTURE_SCHEMA = pa.schema({"sequence_id": pa.int64(), "routed_experts": pa.binary(), "routed": pa.binary()})

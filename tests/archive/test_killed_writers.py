@@ -26,7 +26,7 @@ KEEP_ONE = Retention(keep_iterations=1)
 DYING_WRITERS = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+sys.path += sys.argv[2:]
 from archive_samples import commit_routes, make_trace
 from sudden_death import die_before_change
 from moe_replay.archive.artifacts import RunStore
@@ -61,7 +61,8 @@ writer.commit()
 def killed(tmp_path_factory) -> list[Path]:
     """Roots of runs whose writer of routes was killed before its first, second, ... change; the last was not."""
     root = tmp_path_factory.mktemp("killed")
-    subprocess.run([sys.executable, "-c", DYING_WRITERS, str(root), str(Path(__file__).parent)], check=True)
+    samples = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    subprocess.run([sys.executable, "-c", DYING_WRITERS, str(root), *samples], check=True)
     return sorted(root.iterdir(), key=lambda path: int(path.name))
 
 

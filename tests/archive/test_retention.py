@@ -6,14 +6,14 @@ import uuid
 from datetime import timedelta
 
 import pytest
-from archive_samples import DIGEST, commit_routes, make_trace
+from archive_samples import DIGEST, commit_routes, digests_of, make_trace, origin_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
 from moe_replay.archive.layout import STAGES, placement_file
-from moe_replay.archive.retention import Retention, find_probes, find_removable, remove, runs_under
-from moe_replay.archive.routes import RouteArchive
+from moe_replay.archive.retention import IMPORTS_KEY, Retention, find_probes, find_removable, remove, runs_under
+from moe_replay.archive.routes import RouteArchive, write_routes
 from moe_replay.archive.storage import Storage
 from moe_replay.errors import ConfigError
 
@@ -123,6 +123,75 @@ def test_a_writer_that_wakes_after_its_attempt_was_found_keeps_what_it_commits()
     ref = writer.commit()
     remove(root_of(store), found)
     assert store.verify(ref) == []
+
+
+class DiedError(Exception):
+    pass
+
+
+def die_before_commit(writer, monkeypatch) -> None:
+    """Have a writer write all but its last object."""
+
+    def create(*_):
+        raise DiedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "create", create)
+        with pytest.raises(DiedError):
+            writer.commit()
+
+
+def test_a_resumed_run_may_commit_the_very_artifact_whose_leftovers_were_just_found(monkeypatch):
+    store = RunStore(f"memory://{uuid.uuid4().hex}", "run-1")
+    store.create_run({})
+    dead = store.begin("training", 0, {}, DIGEST)
+    dead.write_bytes("checkpoint/model", b"weights0")
+    die_before_commit(dead, monkeypatch)
+    found = find_removable(store, grace=NO_GRACE).removable
+    resumed = store.begin("training", 0, {}, DIGEST)
+    resumed.write_bytes("checkpoint/model", b"weights0")
+    ref = resumed.commit()
+    for removable in found:
+        remove(root_of(store), removable)
+    assert store.verify(ref) == []
+    assert store.status(0)[3].seconds is not None
+    assert sorted(path.rsplit("/", 1)[1] for path in listing(store) if "/" in path) == [
+        "_committed.json",
+        f"_objects-{ref.sha256}.json",
+        "_timing.json",
+        "model",
+    ]
+
+
+def write_small(writer, tmp_path) -> None:
+    writer.write_bytes("metrics.json", b"{}")
+
+
+def write_file(writer, tmp_path) -> None:
+    (tmp_path / "weights").write_bytes(b"weights")
+    writer.put_file("checkpoint/model", tmp_path / "weights")
+
+
+def write_arrays(writer, tmp_path) -> None:
+    trace = make_trace(3)
+    write_routes(writer, [(trace, digests_of([trace])[0])], origin_of())
+
+
+@pytest.mark.parametrize("write", [write_small, write_file, write_arrays])
+def test_a_writer_that_has_written_nothing_yet_loses_its_note_and_no_more(store, tmp_path, write):
+    store.create_run({})
+    writer = store.begin("routes", 0, {}, DIGEST)
+    assert len(clean(store)) == 1
+    write(writer, tmp_path)
+    assert store.verify(writer.commit()) == []
+
+
+@pytest.mark.parametrize(("document", "num_kept"), [({IMPORTS_KEY: {}}, 1), ({}, 3)])
+def test_of_imports_the_newest_is_kept_and_of_a_run_all_that_training_may_need(store, document, num_kept):
+    store.create_run(document)
+    refs = [commit_routes(store, [make_trace(3)], iteration=iteration) for iteration in range(3)]
+    clean(store, Retention(NO_GRACE, keep_iterations=1))
+    assert [store.open(ref).expiry is None for ref in refs] == [False] * (3 - num_kept) + [True] * num_kept
 
 
 def test_objects_around_a_damaged_commit_are_kept_for_its_repair(local_store, tmp_path):
@@ -277,6 +346,11 @@ def leave(store, iteration, stage, kind) -> None:
     store.folder.write(f"iterations/{iteration:05d}/{name}", b"leftover")
 
 
+def place_of(path) -> tuple[int, str]:
+    _, iteration, stage, _ = path.split("/", 3)
+    return int(iteration), stage
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 16), leftovers, retentions, st.booleans())
 def test_nothing_that_a_commit_refers_to_ever_goes_unasked(tmp_path_factory, num_stages, left, retention, remote):
@@ -286,8 +360,10 @@ def test_nothing_that_a_commit_refers_to_ever_goes_unasked(tmp_path_factory, num
     committed = listing(store)
     for leftover in left:
         leave(store, *leftover)
+    # What a resumed run is about to refer to: placements of stages without a commit.
+    held = {path for path in listing(store) if "/_objects-" in path and place_of(path) not in refs}
     clean(store)
-    assert listing(store) == committed
+    assert listing(store).keys() == committed.keys() | held
 
     clean(store, retention)
     assert clean(store, retention) == []

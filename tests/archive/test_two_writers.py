@@ -1,11 +1,14 @@
 """Two writers of one stage, on a store where each request of theirs may come at any time."""
 
+from datetime import timedelta
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepped_store import Killed, Turns, stepped_run
 
 from moe_replay.archive.artifacts import ArtifactRef
+from moe_replay.archive.retention import find_removable, remove
 from moe_replay.errors import ConfigError
 
 PATHS = ("a", "b/c")
@@ -46,6 +49,22 @@ def test_no_order_of_two_writers_and_no_kill_leaves_a_commit_that_is_not_whole(
     assert store.verify(ref) == []
     assert len(contents(store, ref)) == 1
     assert store.find("evaluation", 0, {}, "d") == ref
+
+
+@settings(max_examples=150, deadline=None)
+@given(schedule=schedules, died_after=st.integers(0, 20))
+def test_what_was_found_of_a_dead_writer_may_be_removed_while_its_successor_commits(schedule, died_after):
+    store = stepped_run(True)
+    store.create_run({})
+    root = store.name.rsplit("/", 1)[0]
+    Turns([lambda: write_stage(store, b"first")]).play([], {0: died_after})
+    found = find_removable(store, grace=timedelta(0)).removable
+    if (ref := store.commit_of("evaluation", 0)) is None:
+        ref, _ = Turns(
+            [lambda: write_stage(store, b"first"), lambda: [remove(root, removable) for removable in found]]
+        ).play(schedule, {})
+    assert isinstance(ref, ArtifactRef)
+    assert store.verify(ref) == []
 
 
 @settings(max_examples=100, deadline=None)

@@ -3,6 +3,7 @@
 import base64
 import json
 import uuid
+from contextlib import suppress
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive, RoutedSequence, token_digest, verify_routes, write_routes
 from moe_replay.errors import ArchiveCorrupt, ConfigError, ReplayError, RoutingMismatch
+from moe_replay.exchange.export_reading import open_export
 from moe_replay.exchange.exporting import EXPORT_FORMATS, export_routes
 from moe_replay.exchange.foreign_routes import ModelShape
 from moe_replay.exchange.importing import ToldOrigin, import_routes
@@ -106,7 +108,7 @@ def test_some_layers_alone_can_be_exported(tmp_path, form):
 
 
 def test_layers_that_an_archive_lacks_are_refused(tmp_path):
-    with pytest.raises(RoutingMismatch, match=r"layers \[0, 3\]; it has \(1, 2, 5\)"):
+    with pytest.raises(ConfigError, match=r"layers \[0, 3\]; it has \(1, 2, 5\)"):
         export_routes(archive_of(TRACES), tmp_path / "routes.npz", "npz", layers=[0, 1, 3])
 
 
@@ -206,6 +208,46 @@ def test_pickled_arrays_are_refused(tmp_path):
         with pytest.raises(ArchiveCorrupt, match=f"{name}.npy holds object"):
             imported(tmp_path / "routes.npz")
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("about", [np.array(7), np.array(["{}", "{}"]), np.array(b"{}")])
+def test_an_npz_that_names_itself_with_no_text_is_refused(tmp_path, about):
+    np.savez(tmp_path / "routes.npz", moe_replay=about)
+    with pytest.raises(ArchiveCorrupt, match=r"moe_replay.npy holds .* expected one text"):
+        imported(tmp_path / "routes.npz")
+
+
+def test_no_damage_to_the_header_of_an_npz_member_escapes_as_an_error_of_a_library(tmp_path):
+    file = tmp_path / "routes.npz"
+    export_routes(archive_of(TRACES), file, "npz")
+    content = bytearray(file.read_bytes())
+    start = content.rindex(b"\x93NUMPY")
+    for bit in range(8 * start, 8 * (start + 128)):
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        content[bit // 8] ^= 1 << bit % 8
+        with suppress(ArchiveCorrupt):
+            open_export(file)
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+@pytest.mark.parametrize("content", [b"", b"no such thing", bytes(4096)])
+def test_a_file_that_is_no_export_at_all_is_a_wrong_name_and_no_damage(tmp_path, form, content):
+    file = tmp_path / f"routes.{form}"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"neither an export nor a dump .* read as {form}"):
+        imported(file)
+
+
+@pytest.mark.parametrize("form", EXPORT_FORMATS)
+def test_damage_within_an_export_is_called_so(tmp_path, form):
+    file = tmp_path / f"routes.{form}"
+    export_routes(archive_of(TRACES), file, form)
+    content = bytearray(file.read_bytes())
+    content[{"parquet": 380, "safetensors": -1, "npz": 200}[form]] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArchiveCorrupt, match="export it again"):
+        imported(file)
 
 
 def test_options_on_the_origin_are_refused_for_an_export(tmp_path):

@@ -1,9 +1,7 @@
 """An S3 server for the session, and a place of its own behind a fault proxy of its own for each test."""
 
-import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy, in_front_of
@@ -11,8 +9,6 @@ from s3_server import BUCKET, S3Server, environment, forget_clients, serving
 
 from moe_replay.archive import storage_retries
 from moe_replay.archive.artifacts import RunStore
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "archive"))
 
 
 @pytest.fixture(scope="session")

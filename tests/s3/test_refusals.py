@@ -1,9 +1,18 @@
 """Errors that only the user can end are told at once, with the way out and without secrets."""
 
 import os
+import ssl
 import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from fault_proxy import FaultProxy, Refusal, Request, always
 from s3_server import ACCESS_KEY, SECRET_KEY, S3Server, environment, forget_clients
 
@@ -86,6 +95,54 @@ def test_a_profile_that_does_not_exist(root, proxy, monkeypatch) -> None:
     forget_clients()
 
     require_refusal(RunStore(root, "run-1"), proxy, "correct AWS_PROFILE")
+
+
+@pytest.fixture
+def self_signed(tmp_path) -> Iterator[str]:
+    """An https endpoint whose certificate nobody vouches for."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, day = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")]), timedelta(days=1)
+    now = datetime.now(UTC)
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, now - day, now + day)
+    encoding = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem = key.private_bytes(encoding, *plain) + certificate.sign(key, hashes.SHA256()).public_bytes(encoding)
+    (tmp_path / "server.pem").write_bytes(pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_certificate_that_nobody_vouches_for(self_signed, root, proxy, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", self_signed)
+    forget_clients()
+
+    require_refusal(RunStore(root, "run-1"), proxy, "SSLError at 127.0.0.1", "set AWS_CA_BUNDLE")
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_a_bundle_that_holds_no_certificate(content, root, proxy, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    if content is not None:
+        (tmp_path / "bundle.pem").write_text(content)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "bundle.pem"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:9")
+    forget_clients()
+
+    require_refusal(RunStore(root, "run-1"), proxy, "set AWS_CA_BUNDLE")
+
+
+def test_an_endpoint_that_is_no_https(s3_server: S3Server, root, proxy, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url.replace("http:", "https:"))
+    forget_clients()
+
+    require_refusal(RunStore(root, "run-1"), proxy, "AWS_ENDPOINT_URL has its host's name and is really https")
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid:9000"])
