@@ -130,9 +130,11 @@ class StorageConfig(Config):
     """Archive the experts of a token in the engine's order, which takes more space; else by ascending id."""
 
     @model_validator(mode="after")
-    def _root_holds_no_credentials(self) -> "StorageConfig":
+    def _root_names_a_place_and_no_credentials(self) -> "StorageConfig":
         # The root is logged, tracked and printed. A validator of the whole section leaves the value out of the error.
         scheme, separator, rest = (self.root or "").partition("://")
+        if separator and scheme not in ("file", "memory") and not rest.strip("/"):
+            raise ValueError(f"root {scheme}:// names no bucket; give {scheme}://bucket/folder")
         names_a_container = scheme in ("abfs", "abfss", "az") and rest.count("@") == 1 and ":" not in rest.split("@")[0]
         if separator and scheme != "file" and ("?" in rest or ("@" in rest and not names_a_container)):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -296,6 +297,17 @@ def test_verify_lists_every_damaged_object(command, run, tmp_path):
     assert ["was altered" in problem for problem in problems] == [True, True]
     plain = command("archive", "verify", "run-1", "--root", root)
     assert (plain.returncode, plain.stdout.count("wrong:")) == (1, 2)
+
+
+def test_verify_misses_what_something_was_made_from(command, run, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(run.root, root)
+    (root / "run-1/iterations/00000/rollout/_committed.json").unlink()
+    done = command("archive", "verify", "run-1", "--root", root, "--json")
+    assert done.returncode == 1
+    [problem] = json.loads(done.stdout)["problems"]
+    assert "routes was made from its rollout, but object" in problem
+    assert "rollout/_committed.json is missing" in problem
 
 
 def _files(folder: Path) -> list[str]:

@@ -107,6 +107,21 @@ def test_a_dump_of_an_engine_is_imported_and_compared_with_a_run(command, runs, 
     assert json.loads(command("diff", "mydump", "one", "--json"))["agreement"] == 1
 
 
+def test_layers_and_experts_describe_the_model_of_a_dump(command, tmp_path):
+    rows = [np.random.default_rng(seed).random((3, 4, 16)).argsort(-1)[..., :4].tolist() for seed in range(2)]
+    lines = [json.dumps({"token_ids": [1, 2, 3, 4], "routed_experts": routes}) for routes in rows]
+    (tmp_path / "ok.jsonl").write_text("\n".join(lines))
+    told = command("import", "ok.jsonl", "--run-id", "j1", "--layers", "0-3", "--experts", "16", "--source", "vllm")
+    assert "imported 2 sequences of 8 tokens into run j1, iteration 0: 6 rows captured, 2 missing" in told
+    assert "are as committed" in command("verify", "j1")
+
+
+def test_gc_removes_what_an_import_that_was_killed_left(command, tmp_path):
+    RunStore(str(tmp_path / "runs"), "killed").begin("routes", 0, {}, "digest").write_bytes("routes/zarr.json", b"{}")
+    assert "killed/iterations/00000/_attempt-routes-" in command("gc", "--grace", "0s", "--json", "--delete")
+    assert not (tmp_path / "runs" / "killed").exists()
+
+
 def test_a_model_with_code_of_its_own_is_refused_without_running_it(command, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -171,11 +186,13 @@ def test_an_export_is_imported_elsewhere(command, runs, form):
         (["import", "dump.jsonl", "--run-id", "x"], "--model, or give --layers and --experts"),
         (["import", "dump.jsonl", "--run-id", "x", "--experts", "16"], "give both, or --model"),
         (["import", "dump.jsonl", "--run-id", "x", "--layers", "5-3", "--experts", "16"], "the range falls"),
+        (["import", "dump.jsonl", "--run-id", "x", "--layers", "0-99999999999", "--experts", "16"], "below 65536"),
+        (["import", "dump.jsonl", "--run-id", "x", "--layers", "65536", "--experts", "16"], "go up to 65536"),
         (["import", "dump.jsonl", "--run-id", "x", "--layers", "1-3", "--experts", "0"], "1 to 65536 experts"),
         (["import", "dump.jsonl", "--run-id", "x", "--model", "org/name"], "org/name gives no model"),
         (["import", "dump.jsonl", "--run-id", "x", "--model", "empty"], "empty gives no model"),
         (["import", "dump.jsonl", "--run-id", "../x", "--layers", "1-3", "--experts", "16"], "is not usable"),
-        (["import", "dump.jsonl", "--run-id", "one", "--layers", "1-3", "--experts", "16"], "exists with another"),
+        (["import", "dump.jsonl", "--run-id", "one", "--layers", "1-3", "--experts", "16"], "a run that trains"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -190,6 +207,7 @@ def test_what_cant_be_is_refused(command, runs, tmp_path, words, told):
 
 def test_layers_are_read_as_ranges():
     assert parse_layers("0-3,7,5-5") == (0, 1, 2, 3, 5, 7)
+    assert parse_layers("65535,0000001") == (1, 65535)
 
 
 def test_token_digests_of_a_dump_are_those_of_a_rollout():

@@ -246,3 +246,9 @@ def test_a_deployments_parameters_may_name_a_preset_or_give_a_table() -> None:
         validate({"config": {"method": method}}, schema, raise_on_error=True)
     with pytest.raises(ValidationError):
         validate({"config": {"method": "r4"}}, schema, raise_on_error=True)
+
+
+@pytest.mark.parametrize("root", ["s3://", "s3:///", "gs://"])
+def test_a_root_without_a_bucket_is_refused(root):
+    with pytest.raises(ConfigError, match="names no bucket"):
+        load_config(None, {"storage.root": root})

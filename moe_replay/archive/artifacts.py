@@ -99,11 +99,14 @@ class RunStore:
     def read_run(self) -> dict[str, Any]:
         """The document in `run.json`; raises ConfigError when there is no such run."""
         try:
-            document = json.loads(self._run.read(RUN_FILE))
+            data = self._run.read(RUN_FILE)
         except FileNotFoundError as error:
             raise ConfigError(
                 f"there is no run {self.run_id} under {self._root.name}; check the run id and root"
             ) from error
+        # Apart from the reading, whose own errors are ValueErrors too.
+        try:
+            document = json.loads(data)
         except ValueError as error:
             raise ArchiveCorrupt(f"object {self.name}/{RUN_FILE} is not JSON; restore it or start a new run") from error
         if not isinstance(document, dict):
@@ -185,6 +188,18 @@ class RunStore:
             return self.open(ref).problems()
         except ArchiveCorrupt as error:
             return [str(error)]
+
+    def lost_inputs(self, artifact: Artifact) -> list[str]:
+        """What an artifact was made from and this run no longer has as it was, one line each."""
+        problems = []
+        for name, ref in sorted(artifact.commit.inputs.items()):
+            if RunLayout.place_of(ref.uri) is None:
+                continue
+            try:
+                self.open(ref)
+            except ArchiveCorrupt as error:
+                problems.append(f"{artifact.name} was made from its {name}, but {error}")
+        return problems
 
     def iterations(self) -> list[int]:
         """Iterations that storage knows of, ascending, committed or not."""

@@ -56,9 +56,12 @@ class Placement(_Record):
         """
         name = placement_file(sha256)
         try:
-            return cls.model_validate(json.loads(stage.read(name)))
+            data = stage.read(name)
         except FileNotFoundError:
             return cls()
+        # Apart from the reading, whose own errors are ValueErrors too.
+        try:
+            return cls.model_validate(json.loads(data))
         except (ValidationError, ValueError) as error:
             raise ArchiveCorrupt(
                 f"object {stage.name}/{name} says nothing readable of where the objects of the commit lie; restore it, "

@@ -113,6 +113,17 @@ def find_probes(root: str, grace: timedelta = GRACE) -> Findings:
     return _leftovers(probes, "", "probe of a process that died", datetime.now(UTC) - grace)
 
 
+def find_unborn(root: str, grace: timedelta = GRACE) -> Findings:
+    """Attempts in folders that never became runs, as an import that was killed leaves them.
+
+    A folder with no `run.json` is judged only where it holds attempts and nothing else; any other may be anyone's.
+    """
+    before = datetime.now(UTC) - grace
+    names = [name for name in Storage.at(root).folders() if _is_run_id(name) and not RunStore(root, name).exists()]
+    found = [(name, _attempts_alone(Storage.at(root) / name)) for name in names]
+    return Findings.joined([_leftovers(attempts, f"{name}/", "no run came of it", before) for name, attempts in found])
+
+
 def find_removable(store: RunStore, retention: Retention = Retention(), grace: timedelta = GRACE) -> Findings:
     """What of a run may go: leftovers that nobody wrote to for `grace`, and what `retention` gives up.
 
@@ -201,6 +212,21 @@ def _unreferenced(files: Files, artifacts: list[Artifact], damaged: list[str]) -
     return found
 
 
+def _attempts_alone(folder: Storage) -> dict[str, Files]:
+    """Files of a folder that holds attempts and nothing else, by attempt; none of any other."""
+    found: dict[str, Files] = defaultdict(dict)
+    # A foreign folder may be huge, so it is listed whole only when it looks like a run's.
+    if folder.folders() != ["iterations"] or folder.files(deep=False):
+        return found
+    for path, file in folder.files().items():
+        parts = path.split("/")
+        known = len(parts) > 3 and RunLayout.iteration_of(parts[1]) is not None and attempted_stage(parts[2])
+        if parts[0] != "iterations" or not known:
+            return {}
+        found["/".join(parts[:3])][path] = file
+    return found
+
+
 def _files_of(artifact: Artifact) -> Iterator[str]:
     """Everything that belongs to a committed artifact, and what retention removed of it, relative to the run."""
     for name in (COMMIT_FILE, TIMING_FILE, placement_file(artifact.ref.sha256)):
@@ -284,8 +310,8 @@ def _committed_in(root: str, name: str) -> set[str]:
 
 
 def _remove_empty_folders(root: Path, paths: Iterable[str]) -> None:
-    # Of run/iterations/00003/routes/... all but the first two.
-    folders = {parent for path in paths for parent in PurePosixPath(path).parents[:-3]}
+    # The last parent is the root itself.
+    folders = {parent for path in paths for parent in PurePosixPath(path).parents[:-1]}
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
         # One that is not empty stays.
         with suppress(OSError):

@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,6 +62,7 @@ class StageWriter:
         self._attempt = attempt_folder(key.stage, uuid.uuid4().hex)
         self._storage = stage.beside(self._attempt)
         self._written: dict[str, StoredObject] = {}
+        self._committing = False
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
         if stage.local_folder is not None and (found := stage.sizes()):
@@ -108,6 +110,7 @@ class StageWriter:
             metrics=dict(metrics or {}),
             attributes=dict(attributes or {}),
         )
+        self._committing = True
         data = commit.to_bytes()
         ref = ArtifactRef(uri=self.key.uri, sha256=sha256_hex(data))
         self._require_written()
@@ -125,6 +128,21 @@ class StageWriter:
         if not committed and self._stage.read(COMMIT_FILE) != data:
             raise self._refused()
         return ref
+
+    def discard(self) -> None:
+        """Remove all that this attempt wrote, where nothing will come of it; it can't be written to or committed again.
+
+        Raises RuntimeError once `commit` was called: a commit whose answer was lost may stand.
+        """
+        if self._committing:
+            raise RuntimeError(f"{self._storage.name} may be committed; only an attempt that was not can be discarded")
+        self._storage.remove_all()
+        if (folder := self._storage.local_folder) is not None:
+            # Of run/iterations/00003/_attempt-...; object storage has no folders to leave behind.
+            for parent in tuple(folder.parents)[:3]:
+                # One that is not empty stays.
+                with suppress(OSError):
+                    parent.rmdir()
 
     def _require_written(self) -> None:
         """Refuse early when the stage is committed, and when a cleaner took this attempt for a dead one."""

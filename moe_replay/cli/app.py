@@ -60,7 +60,17 @@ def main() -> None:
 
 @app.command
 def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
-    """Show which stages of each iteration are committed, from storage alone."""
+    """Show which stages of each iteration are committed, from storage alone.
+
+    Parameters
+    ----------
+    run_id
+        The run.
+    root
+        fsspec URL under which runs lie.
+    json_
+        Print one JSON object and nothing else.
+    """
     store = RunStore(root_of(root), run_id)
     store.read_run()
     stages = [stage for iteration in store.iterations() for stage in store.status(iteration)]

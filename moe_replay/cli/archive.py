@@ -14,7 +14,19 @@ from moe_replay.errors import ConfigError, ReplayError
 
 
 def inspect(run_id: str, *, iteration: int | None = None, root: Root = None, json_: Json = False) -> None:
-    """Show what the routing archive of an iteration (by default the last) holds, and where it comes from."""
+    """Show what the routing archive of an iteration holds, and where it comes from.
+
+    Parameters
+    ----------
+    run_id
+        The run.
+    iteration
+        By default the last that has an archive.
+    root
+        fsspec URL under which runs lie.
+    json_
+        Print one JSON object and nothing else.
+    """
     summary = open_archive(RunStore(root_of(root), run_id), iteration).summary().model_dump(mode="json")
     if json_:
         print(json.dumps(summary))
@@ -35,7 +47,20 @@ def inspect(run_id: str, *, iteration: int | None = None, root: Root = None, jso
 
 
 def verify(run_id: str, *, root: Root = None, json_: Json = False) -> None:
-    """Re-read every object of a run and check checksums and invariants; exit code 1 when something is wrong."""
+    """Re-read every object of a run and check checksums and invariants; exit code 1 when something is wrong.
+
+    Also that what each artifact was made from is still there. An evaluation that is gone is not missed: nothing is made
+    from it.
+
+    Parameters
+    ----------
+    run_id
+        The run.
+    root
+        fsspec URL under which runs lie.
+    json_
+        Print one JSON object and nothing else.
+    """
     store = RunStore(root_of(root), run_id)
     store.read_run()
     checked, problems, removed = 0, [], []
@@ -79,7 +104,7 @@ def _problems(store: RunStore, stage: str, iteration: int) -> list[str] | None:
             return None
         artifact = store.open(ref)
         readable = stage == "routes" and artifact.expiry is None
-        return verify_routes(artifact) if readable else artifact.problems()
+        return store.lost_inputs(artifact) + (verify_routes(artifact) if readable else artifact.problems())
     except ReplayError as error:
         return [str(error)]
 

@@ -18,7 +18,8 @@ from moe_replay.exchange.foreign_routes import ModelShape
 from moe_replay.exchange.importing import ToldOrigin, import_routes
 from moe_replay.routing.trace import route_dtype
 
-_LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_MAX_DECODER_LAYERS = 65536
+_LAYERS = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
 
 
 def export(
@@ -131,9 +132,16 @@ def import_(
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Decoder layers of a list such as `0-11,20`, ascending; raises ConfigError for other text and falling ranges."""
+    """Decoder layers of a list such as `0-11,20`, ascending.
+
+    Raises ConfigError for other text, falling ranges, and layers from 65536 on.
+    """
     if not _LAYERS.fullmatch(text):
         raise ConfigError(f"layers {text!r} are not decoder layer indices; write them like 0-11,20")
+    # Before any range is expanded, or the largest would fill the memory.
+    beyond = [n for n in re.findall("[0-9]+", text) if len(n.lstrip("0")) > 5 or int(n) >= _MAX_DECODER_LAYERS]
+    if beyond:
+        raise ConfigError(f"layers go up to {beyond[0][:20]}; name decoder layers below {_MAX_DECODER_LAYERS}")
     layers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")

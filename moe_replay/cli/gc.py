@@ -18,6 +18,7 @@ from moe_replay.archive.retention import (
     Retention,
     find_probes,
     find_removable,
+    find_unborn,
     remove,
     runs_under,
 )
@@ -67,6 +68,8 @@ def gc(
             RunStore(url, run).read_run()
     # Run by run, and each removed as soon as it was looked at, so that little happens in between.
     searches = [partial(find_removable, RunStore(url, run), retention, grace) for run in runs or runs_under(url)]
+    # A folder that never became a run can't be named.
+    searches += [] if runs else [partial(find_unborn, url, grace)]
     searched = []
     for search in (*searches, partial(find_probes, url, grace)):
         searched.append(search())

@@ -187,7 +187,11 @@ def _npz_header(path: Path, stream: IO[bytes], name: str) -> tuple[np.dtype, tup
     version = np.lib.format.read_magic(stream)
     if version not in readers:
         raise _broken(path, f"{name}.npy is of npy version {version}, expected one of {list(readers)}")
-    shape, fortran_order, dtype = readers[version](stream)
+    try:
+        shape, fortran_order, dtype = readers[version](stream)
+    except (RecursionError, MemoryError) as error:
+        # Python's parser; numpy gives it no more than 10 000 characters.
+        raise _broken(path, f"{name}.npy has a header that is nested too deeply") from error
     if dtype.hasobject or fortran_order:
         raise _broken(
             path, f"{name}.npy holds {dtype} in {'Fortran' if fortran_order else 'C'} order, not plain numbers"

@@ -26,6 +26,7 @@ from moe_replay.errors import ConfigError, ReplayError, RoutingMismatch
 from moe_replay.routing.trace import MIN_TOKENS_TO_JUDGE, RoutingTrace, refuse_dead_capture
 
 _VERL_TENSORS = ("routed_experts", "input_ids", "attention_mask")
+_SUFFIXES = (".jsonl", ".safetensors")
 _JUDGED_TOKENS = 64 * MIN_TOKENS_TO_JUDGE
 
 
@@ -38,7 +39,16 @@ class ModelShape(NamedTuple):
     top_k: int | None = None
     """None: as many as the first sequence names."""
     decoder_layers: int | None = None
-    """All layers, dense ones included; None where only the MoE layers were told."""
+    """All layers, dense ones included; None where only MoE layers were told: then the last of these is the last."""
+
+
+def require_dump(path: Path) -> None:
+    """Raise ConfigError unless the file is, by its suffix, of a kind that is read here."""
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError(
+            f"{path} is neither an export of moe-replay (.parquet, .safetensors or .npz that says so itself) nor a "
+            "dump that is read here (.jsonl of vLLM or SGLang, .safetensors of verl); see docs/exchange.md"
+        )
 
 
 def read_foreign_routes(path: Path, model: ModelShape) -> Iterator[RoutedSequence]:
@@ -48,14 +58,10 @@ def read_foreign_routes(path: Path, model: ModelShape) -> Iterator[RoutedSequenc
         ConfigError: the file is missing, or of no kind that is read here.
         RoutingMismatch: routes, tokens and model do not belong together, or nothing was captured.
     """
-    readers = {".jsonl": _read_jsonl, ".safetensors": _read_verl}
-    if path.suffix not in readers:
-        raise ConfigError(
-            f"{path} is neither an export of moe-replay (.parquet, .safetensors, .npz) nor a dump that is read here "
-            "(.jsonl of vLLM or SGLang, .safetensors of verl); see docs/exchange.md"
-        )
+    require_dump(path)
+    read = _read_jsonl if path.suffix == ".jsonl" else _read_verl
     try:
-        yield from _refusing_dead_capture(readers[path.suffix](path, model))
+        yield from _refusing_dead_capture(read(path, model))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}; check its name") from error
     except UnicodeDecodeError as error:
@@ -91,14 +97,16 @@ def _read_jsonl(path: Path, model: ModelShape) -> Iterator[RoutedSequence]:
 def _from_line(line: str, model: ModelShape) -> RoutedSequence:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise RoutingMismatch(f"it is not JSON ({error}); write one object a line") from error
+    except (ValueError, RecursionError) as error:
+        raise RoutingMismatch(f"it is not JSON that can be read ({error}); write one object a line") from error
     if not isinstance(row, dict):
         raise RoutingMismatch(f"it holds a {type(row).__name__}; write one object a line")
-    missing = [name for name in ("token_ids", "routed_experts") if row.get(name) is None]
+    required = ("token_ids", "routed_experts")
+    missing = [f"has no {name}" for name in required if name not in row]
+    missing += [f"has null for {name}" for name in required if name in row and row[name] is None]
     if missing:
         raise RoutingMismatch(
-            f"it has no {' and no '.join(missing)} (its fields are {', '.join(sorted(row)[:12])}); "
+            f"it {' and '.join(missing)} (its fields are {', '.join(sorted(row)[:12])}); "
             "capture must be on in the engine, and token_ids are those of prompt and response"
         )
     ids_T, routes = _integers(row["token_ids"], "token_ids"), row["routed_experts"]
@@ -208,11 +216,13 @@ def _moe_layers(captured_RDK: npt.NDArray, model: ModelShape) -> npt.NDArray:
     found, wanted = captured_RDK.shape[1], len(model.layers)
     if found == wanted:
         return captured_RDK
-    if found == model.decoder_layers or (model.decoder_layers is None and found > model.layers[-1]):
+    decoder_layers = model.decoder_layers or model.layers[-1] + 1
+    if found == decoder_layers:
         return captured_RDK[:, list(model.layers)]
+    way_out = "" if model.decoder_layers else ", or --layers leaves some out; dense layers above these need --model"
     raise RoutingMismatch(
-        f"its routes cover {found} layers; expected the {wanted} MoE layers {model.layers}, or all "
-        f"{model.decoder_layers or f'{model.layers[-1] + 1} or more'} decoder layers: the routes are of another model"
+        f"its routes cover {found} layers; expected the {wanted} MoE layers {model.layers}, or all {decoder_layers} "
+        f"decoder layers: the routes are of another model{way_out}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,9 +13,9 @@ from moe_replay.archive.artifacts import ArtifactRef, RunStore
 from moe_replay.archive.provenance import RouteOrigin, RouteProvenance
 from moe_replay.archive.retention import IMPORTS_KEY
 from moe_replay.archive.routes import RoutedSequence, write_routes
-from moe_replay.errors import ArchiveCorrupt, ConfigError
+from moe_replay.errors import ArchiveCorrupt, ConfigError, ReplayError
 from moe_replay.exchange.export_reading import open_export
-from moe_replay.exchange.foreign_routes import ModelShape, read_foreign_routes
+from moe_replay.exchange.foreign_routes import ModelShape, read_foreign_routes, require_dump
 
 UNKNOWN = "unknown"
 
@@ -79,14 +80,26 @@ def import_routes(
         }
     }
     if store.exists():
+        _require_imports(store)
         store.create_run(document)
     writer = store.begin("routes", iteration, {}, config_digest=sha256)
-    provenance = write_routes(writer, source.sequences, source.origin, keep_order=source.keep_order)
-    if source.exported is not None:
-        _require_same_counts(file, source.exported, provenance)
-    # Only now, so that a file that is refused leaves no run behind.
-    store.create_run(document)
+    try:
+        provenance = write_routes(writer, source.sequences, source.origin, keep_order=source.keep_order)
+        if source.exported is not None:
+            _require_same_counts(file, source.exported, provenance)
+        # Only now, so that a file that is refused leaves no run behind.
+        store.create_run(document)
+    except BaseException:
+        # What went wrong first is what is told; `archive gc` finds what could not be removed.
+        with suppress(ReplayError):
+            writer.discard()
+        raise
     return writer.commit(attributes={**_note(file, sha256, source), **_counts(provenance)})
+
+
+def _require_imports(store: RunStore) -> None:
+    if IMPORTS_KEY not in store.read_run():
+        raise ConfigError(f"run {store.run_id} is a run that trains; import into a new run id")
 
 
 def _open(file: Path, model: ModelShape | None, told: ToldOrigin | None, keep_order: bool) -> _Source:
@@ -103,6 +116,7 @@ def _open(file: Path, model: ModelShape | None, told: ToldOrigin | None, keep_or
 
 
 def _open_dump(file: Path, model: ModelShape | None, told: ToldOrigin, keep_order: bool) -> _Source:
+    require_dump(file)
     if model is None:
         raise ConfigError(
             f"{file} does not say which layers its routes are of and of how many experts; name the folder of the "

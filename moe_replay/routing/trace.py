@@ -149,6 +149,10 @@ class RoutingTrace:
         positions = [self.layers.index(layer) for layer in layers]
         return RoutingTrace(self.ids_TLK[:, positions], self.valid_T, self.num_experts, tuple(layers))
 
+    def ascending(self) -> "RoutingTrace":
+        """The same sets, each row by ascending id, so that sums over experts do not depend on how routes were kept."""
+        return RoutingTrace(np.sort(self.ids_TLK, axis=-1), self.valid_T, self.num_experts, self.layers)
+
     def require_model(self, num_experts: int, top_k: int, layers: tuple[int, ...], name: str) -> None:
         """Raise RoutingMismatch, calling this trace by `name`, unless it has these experts, top-k and layers."""
         found, expected = (self.num_experts, self.top_k, self.layers), (num_experts, top_k, layers)

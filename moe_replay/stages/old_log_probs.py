@@ -83,7 +83,13 @@ class Batch:
 def captured_routes(engine: TrainingEngine, archive: RouteArchive, parts: list[slice]) -> Iterator[Traces]:
     """The inference engine's routes by mini-batch, in the layers of `engine`; the next is read while one computes."""
     layers = archive.require_model(engine.num_experts, engine.top_k, engine.layers)
-    return read_ahead(lambda part: archive.read_sequences(part.start, part.stop, layers), parts)
+
+    def read(part: slice) -> Traces:
+        traces = archive.read_sequences(part.start, part.stop, layers)
+        # How the archive keeps routes must not reach the weights, not even through the order of a sum.
+        return traces if archive.provenance.order == "ascending" else [trace.ascending() for trace in traces]
+
+    return read_ahead(read, parts)
 
 
 def old_log_prob_pass(

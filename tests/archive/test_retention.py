@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
 from moe_replay.archive.layout import STAGES, placement_file
-from moe_replay.archive.retention import IMPORTS_KEY, Retention, find_probes, find_removable, remove, runs_under
+from moe_replay.archive.retention import (
+    IMPORTS_KEY,
+    Findings,
+    Retention,
+    find_probes,
+    find_removable,
+    find_unborn,
+    remove,
+    runs_under,
+)
 from moe_replay.archive.routes import RouteArchive, write_routes
 from moe_replay.archive.storage import Storage
 from moe_replay.errors import ConfigError
@@ -98,6 +107,58 @@ def test_a_dead_attempt_is_found_with_its_bytes_and_removed(store):
     assert found.bytes > 4
     remove(root_of(store), found)
     assert listing(store) == before
+
+
+def test_a_discarded_attempt_leaves_the_run_as_it_was(store):
+    commit_run(store, 3)
+    before = listing(store)
+    writer = store.begin("evaluation", 0, {}, DIGEST)
+    writer.write_bytes("scores.parquet", b"half")
+    writer.discard()
+    assert listing(store) == before
+
+
+def test_a_writer_that_tried_to_commit_discards_nothing(store):
+    writer = store.begin("evaluation", 0, {}, DIGEST)
+    writer.write_bytes("scores.parquet", b"x")
+    ref = writer.commit()
+    with pytest.raises(RuntimeError, match="may be committed"):
+        writer.discard()
+    assert store.verify(ref) == []
+
+
+def test_an_attempt_at_a_run_that_was_never_made_is_found_and_removed(root):
+    store = RunStore(root, "never")
+    store.begin("routes", 0, {}, DIGEST).write_bytes("routes/zarr.json", b"{}")
+    assert "perhaps by a live writer" in find_unborn(root).left_alone[0]
+    (found,) = find_unborn(root, NO_GRACE).removable
+    assert found.name.startswith("never/iterations/00000/_attempt-routes-")
+    assert len(found.paths) == 2
+    remove(root, found)
+    assert listing(store) == {}
+    assert "never" not in Storage.at(root).folders()
+
+
+@pytest.mark.parametrize(
+    "also",
+    [
+        "notes.txt",
+        "run.json",
+        "other/file",
+        "iterations/file",
+        "iterations/00000/file",
+        "iterations/00000/routes/zarr.json",
+        f"iterations/00000/routes/{placement_file('f' * 64)}",
+        "iterations/00000/_attempt-mine/file",
+        f"iterations/mine/_attempt-routes-{'0' * 32}/file",
+        f"iterations/00000/_attempt-routes-{'0' * 32}",
+    ],
+)
+def test_a_folder_that_holds_anything_but_attempts_is_not_looked_at(root, also):
+    store = RunStore(root, "never")
+    store.begin("routes", 0, {}, DIGEST)
+    store.folder.write(also, b"{}")
+    assert find_unborn(root, NO_GRACE) == Findings([], [])
 
 
 def test_a_young_attempt_is_protected_with_all_it_wrote(local_store, tmp_path):

@@ -3,9 +3,11 @@
 import base64
 import json
 import uuid
+import zipfile
 from contextlib import suppress
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archive_samples import DIGEST, batches, make_trace, origin_of, same
@@ -230,6 +232,14 @@ def test_no_damage_to_the_header_of_an_npz_member_escapes_as_an_error_of_a_libra
             open_export(file)
 
 
+def test_a_header_of_an_npz_member_that_is_nested_without_end_is_refused(tmp_path):
+    header = (b"-" * 9000 + b"1").ljust(9500)
+    with zipfile.ZipFile(tmp_path / "routes.npz", "w") as file:
+        file.writestr("moe_replay.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ArchiveCorrupt, match=r"moe_replay.npy has a header that is nested too deeply"):
+        imported(tmp_path / "routes.npz")
+
+
 @pytest.mark.parametrize("form", EXPORT_FORMATS)
 @pytest.mark.parametrize("content", [b"", b"no such thing", bytes(4096)])
 def test_a_file_that_is_no_export_at_all_is_a_wrong_name_and_no_damage(tmp_path, form, content):
@@ -302,6 +312,24 @@ def test_layers_and_experts_alone_describe_a_model_for_lists(tmp_path):
     assert (archive.provenance.top_k, archive.num_sequences) == (4, 2)
 
 
+@pytest.mark.parametrize(
+    ("named", "in_dump", "taken"),
+    [((0, 1, 2), 3, True), ((1, 2), 3, True), ((1, 2), 2, True), ((0, 1, 2), 4, False), ((1, 2), 4, False)],
+)
+def test_layers_alone_leave_no_layer_of_a_dump_unaccounted_for(tmp_path, named, in_dump, taken):
+    file = jsonl(tmp_path, line(routed_experts=capture(5, layers=in_dump, dense=()).tolist()))
+    if taken:
+        assert imported(file, model=ModelShape(named, 16)).layers == named
+        return
+    with pytest.raises(RoutingMismatch, match=rf"cover 4 layers; .* the {len(named)} MoE .* all 3 decoder layers"):
+        imported(file, model=ModelShape(named, 16))
+
+
+def test_a_model_accounts_for_dense_layers_at_its_end(tmp_path):
+    file = jsonl(tmp_path, line(routed_experts=capture(5, layers=4, dense=(0, 3)).tolist()))
+    assert imported(file, model=MODEL._replace(decoder_layers=4)).layers == (1, 2)
+
+
 WRONG_LINES = {
     "a row too few": (line(num_rows=4), "routes cover 4 rows but the sequence has 6 tokens"),
     "a row too many": (line(num_rows=7), "routes cover 7 rows but the sequence has 6 tokens"),
@@ -316,11 +344,14 @@ WRONG_LINES = {
     "flat lists": (line(routed_experts=[1, 2, 3]), "shape (3,); expected [rows, layers, experts per token]"),
     "cut base64": (line(routed_experts=base64_of(capture(5))[:-3]), "no base64 of int32"),
     "base64 of too few": (line(routed_experts=base64_of(capture(4))), "48 ids are not those of 5 or 6 rows of 3"),
-    "no routes": (line(routed_experts=None), "has no routed_experts"),
+    "no routes": ({"token_ids": [1]}, "has no routed_experts (its fields are token_ids)"),
+    "null for routes": (line(routed_experts=None), "has null for routed_experts"),
+    "null for routes and no tokens": ({"routed_experts": None}, "has no token_ids and has null for routed_experts"),
     "no tokens": (line(token_ids=[]), "token_ids have shape (0,)"),
     "tokens that are words": (line(token_ids=["a", "b"]), "expected integers"),
     "a list": ([1, 2], "holds a list"),
     "no JSON": ('{"token_ids": [1', "it is not JSON"),
+    "lists without end": ("[" * 200_000, "it is not JSON that can be read"),
 }
 
 
@@ -418,6 +449,18 @@ def test_a_file_that_is_no_dump_is_refused(tmp_path, name, content, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["parquet", "npz"])
+def test_a_foreign_file_is_said_to_be_no_export_before_any_option_is_asked_for(tmp_path, form):
+    file = tmp_path / f"routes.{form}"
+    if form == "npz":
+        np.savez(file, ids=np.zeros(3))
+    else:
+        pq.write_table(pa.table({"ids": [1, 2]}), file)
+    with pytest.raises(ConfigError, match="neither an export of moe-replay") as caught:
+        imported(file)
+    assert "--layers" not in str(caught.value)
+
+
 def test_a_dump_without_its_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--model, or give --layers and --experts"):
         imported(jsonl(tmp_path, line()))
@@ -442,7 +485,7 @@ def test_a_run_holds_imports_of_one_model_in_several_iterations(tmp_path):
 def test_nothing_is_imported_into_a_run_that_trains(tmp_path):
     store = fresh_store()
     store.create_run({"config": {"method": "r3"}})
-    with pytest.raises(ConfigError, match="exists with another configuration"):
+    with pytest.raises(ConfigError, match="run imported is a run that trains; import into a new run id"):
         import_routes(store, 0, jsonl(tmp_path, line()), MODEL)
     assert store.commit_of("routes", 0) is None
 
@@ -452,3 +495,22 @@ def test_damage_is_found_whatever_was_imported_before(tmp_path):
     with pytest.raises(RoutingMismatch):
         import_routes(store, 0, jsonl(tmp_path, line(), line(num_rows=2)), MODEL)
     assert imported(jsonl(tmp_path, line(), line(seed=1)), store, model=MODEL).num_sequences == 2
+
+
+@pytest.mark.parametrize("place", ["memory", "path"])
+def test_an_import_that_is_refused_midway_removes_what_it_wrote(tmp_path, place):
+    root = f"memory://{uuid.uuid4().hex}" if place == "memory" else str(tmp_path / "runs")
+    store = RunStore(root, "imported")
+    with pytest.raises(RoutingMismatch):
+        import_routes(store, 0, jsonl(tmp_path, line(), line(num_rows=2)), MODEL)
+    assert store.folder.files() == {}
+    assert not (tmp_path / "runs" / "imported").exists()
+
+
+def test_a_refused_import_leaves_what_was_imported_before(tmp_path):
+    store = fresh_store()
+    import_routes(store, 0, jsonl(tmp_path, line()), MODEL)
+    before = store.folder.files()
+    with pytest.raises(RoutingMismatch):
+        import_routes(store, 1, jsonl(tmp_path, line(), line(num_rows=2)), MODEL)
+    assert store.folder.files() == before

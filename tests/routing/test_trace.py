@@ -193,3 +193,10 @@ def test_few_equal_tokens_are_not_judged():
 
 def test_an_empty_trace_is_not_judged():
     refuse_dead_capture(trace_of(np.zeros((0, 2, 2), int)))
+
+
+def test_ascending_keeps_the_sets_and_the_missing_rows():
+    ids_TLK = np.array([[[3, 1]], [[0, 2]], [[0, 0]]], dtype=np.uint8)
+    trace = RoutingTrace(ids_TLK, np.array([True, True, False]), 4, (0,))
+    assert trace.ascending().ids_TLK.tolist() == [[[1, 3]], [[0, 2]], [[0, 0]]]
+    assert trace.ascending().valid_T.tolist() == [True, True, False]

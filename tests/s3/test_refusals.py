@@ -22,6 +22,7 @@ from moe_replay.errors import ConfigError, StorageUnavailable
 
 OPERATIONS = {
     "read": lambda store: store.exists(),
+    "read the run": lambda store: store.read_run(),
     "find": lambda store: store.commit_of("routes", 0),
     "list": lambda store: store.folder.sizes(),
     "list one level": lambda store: store.folder.files(deep=False),
@@ -88,6 +89,16 @@ def test_refusals_name_their_way_out(refusal: Refusal, way_out: str, proxy: Faul
     proxy.plan = always(refusal)
 
     require_refusal(store, proxy, f"S3 answered {refusal.code}", way_out)
+
+
+def test_a_refusal_to_say_where_objects_lie_is_no_damage(proxy: FaultProxy, store) -> None:
+    writer = store.begin("rollout", 0, {}, "digest")
+    writer.write_bytes("part-0.parquet", b"rows")
+    ref = writer.commit()
+    proxy.plan = lambda request: Refusal(403, "AccessDenied") if "/_objects-" in request.path else None
+
+    with pytest.raises(ConfigError, match="S3 answered AccessDenied"):
+        store.open(ref)
 
 
 def test_a_profile_that_does_not_exist(root, proxy, monkeypatch) -> None:
