@@ -26,6 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 _STOP_SECONDS = 3.0
 _PARENT_POLL_SECONDS = 1.0
+_LEAVE = None
 
 
 def no_progress(done: int, total: int, what: str) -> None:
@@ -102,10 +103,12 @@ class EngineProcess:
 
     def stop(self) -> None:
         """End the engine and everything it started. Harmless when it is gone already."""
-        self._connection.close()
         if self._idle:
-            # Its end of the pipe closed, an engine at rest leaves by itself and cleans up.
+            # An engine at rest leaves by itself when it is told, and cleans up.
+            with contextlib.suppress(OSError):
+                self._connection.send(_LEAVE)
             self._process.join(_STOP_SECONDS)
+        self._connection.close()
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
@@ -143,9 +146,14 @@ def _serve(
         raise
     while True:
         try:
-            function, args = connection.recv()
-        except EOFError:
+            call = connection.recv()
+        except (EOFError, ConnectionResetError):
+            # The driver went without a word: it was killed, and nobody else ends what this engine started.
+            os.killpg(0, signal.SIGKILL)
             return
+        if call is _LEAVE:
+            return
+        function, args = call
         try:
             result = resolve_name(function)(engine, lambda *news: connection.send(("progress", news)), *args)
             connection.send(("result", result))

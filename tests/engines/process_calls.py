@@ -83,14 +83,16 @@ def start_stubborn_child(counter: Counter, progress: Progress) -> int:
     return child.pid
 
 
-def drive(log: str) -> None:
-    """A driving process: prints the ids of its engine and of the engine's child, then works until it is killed."""
+def drive(log: str, then: str) -> None:
+    """A driving process: prints the ids of its engine and of the engine's child; the engine works or rests after it."""
     from moe_replay.engines.process import EngineProcess, no_progress
 
     engine = EngineProcess("process_calls:Counter", (0,), "counter", Path(log), {})
     child = engine.call("process_calls:start_stubborn_child", no_progress)
     print(engine.pid, child, flush=True)
-    engine.call("process_calls:sleep", no_progress, 600)
+    if then == "work":
+        engine.call("process_calls:sleep", no_progress, 600)
+    time.sleep(600)
 
 
 def environment(counter: Counter, progress: Progress, name: str) -> str | None:

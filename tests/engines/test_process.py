@@ -168,10 +168,11 @@ def test_stop_of_an_engine_that_is_gone_is_harmless(engine):
     assert time.monotonic() - began < 2
 
 
-def test_an_engine_and_its_children_end_when_the_driver_is_killed(tmp_path):
-    program = "import sys, process_calls\nif __name__ == '__main__': process_calls.drive(sys.argv[1])\n"
+@pytest.mark.parametrize("then", ["rest", "work"])
+def test_an_engine_and_its_children_end_when_the_driver_is_killed(tmp_path, then):
+    program = "import sys, process_calls\nif __name__ == '__main__': process_calls.drive(*sys.argv[1:])\n"
     (tmp_path / "driver.py").write_text(program)
-    command = [sys.executable, tmp_path / "driver.py", tmp_path / "counter.log"]
+    command = [sys.executable, tmp_path / "driver.py", tmp_path / "counter.log", then]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as driver:
         assert driver.stdout is not None
