@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.retention import IMPORTS_KEY
+from moe_replay.archive.layout import IMPORTS_KEY
 from moe_replay.config import EMBEDDED, RunConfig, home_folder, parse_config, run_root
 from moe_replay.data.prompts import PromptTable
 from moe_replay.data.rewards import require_known_sources

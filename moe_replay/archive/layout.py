@@ -12,6 +12,8 @@ STAGES = ("rollout", "routes", "predictor", "training", "evaluation")
 """The stages of one iteration, in the order in which they run."""
 
 RUN_FILE = "run.json"
+IMPORTS_KEY = "imported_routes"
+"""Key in `run.json` of a run that holds imported routes and is never trained."""
 COMMIT_FILE = "_committed.json"
 TIMING_FILE = "_timing.json"
 ATTEMPT_FILE = "_attempt.json"

@@ -16,6 +16,7 @@ from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.layout import (
     CHECKPOINT_FOLDER,
     COMMIT_FILE,
+    IMPORTS_KEY,
     RUN_FILE,
     STAGES,
     TIMING_FILE,
@@ -37,9 +38,6 @@ GRACE = timedelta(hours=1)
 A live writer must not pause for longer between objects. Before the first it may, as rollout and training do: to lose
 the note that it began does a writer no harm.
 """
-
-IMPORTS_KEY = "imported_routes"
-"""Key in `run.json` of a run that holds imported routes and is never trained."""
 
 Files = dict[str, StoredFile]
 
@@ -173,8 +171,7 @@ def _artifacts(store: RunStore, files: Files) -> tuple[list[Artifact], list[str]
     for iteration in store.iterations():
         for stage in STAGES:
             try:
-                ref = store.commit_of(stage, iteration)
-                artifact = ref and store.open(ref)
+                artifact = store.committed(stage, iteration)
             except ArchiveCorrupt:
                 damaged.append(store.layout.stage(iteration, stage))
                 continue
@@ -304,9 +301,8 @@ def _committed_in(root: str, name: str) -> set[str]:
     run_id, *parts = name.split("/")
     if len(parts) != 3:
         return set()
-    store = RunStore(root, run_id)
-    ref = store.commit_of(attempted_stage(parts[2]) or parts[2], int(parts[1]))
-    return set() if ref is None else {f"{run_id}/{path}" for path in _files_of(store.open(ref))}
+    artifact = RunStore(root, run_id).committed(attempted_stage(parts[2]) or parts[2], int(parts[1]))
+    return set() if artifact is None else {f"{run_id}/{path}" for path in _files_of(artifact)}
 
 
 def _remove_empty_folders(root: Path, paths: Iterable[str]) -> None:

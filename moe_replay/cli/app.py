@@ -45,12 +45,9 @@ def main() -> None:
     set_defaults()
     try:
         app()
-    except ConfigError as error:
-        err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
     except ReplayError as error:
         err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         # All is closed by now; Prefect's threads would go on sending events to the server that was stopped.
         sys.stdout.flush()
@@ -66,10 +63,6 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
     ----------
     run_id
         The run.
-    root
-        fsspec URL under which runs lie.
-    json_
-        Print one JSON object and nothing else.
     """
     store = RunStore(root_of(root), run_id)
     store.read_run()

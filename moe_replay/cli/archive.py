@@ -6,7 +6,7 @@ import sys
 from rich.markup import escape
 from rich.table import Table
 
-from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.layout import STAGES
 from moe_replay.archive.routes import RouteArchive, verify_routes
 from moe_replay.cli.console import Json, Root, out, root_of
@@ -22,10 +22,6 @@ def inspect(run_id: str, *, iteration: int | None = None, root: Root = None, jso
         The run.
     iteration
         By default the last that has an archive.
-    root
-        fsspec URL under which runs lie.
-    json_
-        Print one JSON object and nothing else.
     """
     summary = open_archive(RunStore(root_of(root), run_id), iteration).summary().model_dump(mode="json")
     if json_:
@@ -56,20 +52,22 @@ def verify(run_id: str, *, root: Root = None, json_: Json = False) -> None:
     ----------
     run_id
         The run.
-    root
-        fsspec URL under which runs lie.
-    json_
-        Print one JSON object and nothing else.
     """
     store = RunStore(root_of(root), run_id)
     store.read_run()
     checked, problems, removed = 0, [], []
     for iteration in store.iterations():
         for stage in STAGES:
-            found = _problems(store, stage, iteration)
-            checked += found is not None
-            problems += found or []
-            removed += _removed(store, stage, iteration) if found == [] else []
+            try:
+                artifact = store.committed(stage, iteration)
+                if artifact is None:
+                    continue
+                found = store.lost_inputs(artifact) + _problems(artifact)
+                removed += _removed(artifact) if not found else []
+            except ReplayError as error:
+                found = [str(error)]
+            checked += 1
+            problems += found
     if json_:
         print(json.dumps({"run_id": run_id, "artifacts": checked, "problems": problems, "removed": removed}))
     elif problems:
@@ -89,30 +87,21 @@ def open_archive(store: RunStore, iteration: int | None) -> RouteArchive:
     store.read_run()
     wanted = store.iterations()[::-1] if iteration is None else [iteration]
     for candidate in wanted:
-        ref = store.commit_of("routes", candidate)
-        if ref is not None:
-            return RouteArchive.open(store.open(ref))
+        artifact = store.committed("routes", candidate)
+        if artifact is not None:
+            return RouteArchive.open(artifact)
     which = f"iteration {iteration}" if iteration is not None else "any iteration"
     raise ConfigError(f"run {store.run_id} has no routing archive of {which}; see moe-replay status {store.run_id}")
 
 
-def _problems(store: RunStore, stage: str, iteration: int) -> list[str] | None:
-    """What is wrong with one stage's artifact; none when the stage is not committed."""
-    try:
-        ref = store.commit_of(stage, iteration)
-        if ref is None:
-            return None
-        artifact = store.open(ref)
-        readable = stage == "routes" and artifact.expiry is None
-        return store.lost_inputs(artifact) + (verify_routes(artifact) if readable else artifact.problems())
-    except ReplayError as error:
-        return [str(error)]
+def _problems(artifact: Artifact) -> list[str]:
+    readable = artifact.commit.stage == "routes" and artifact.expiry is None
+    return verify_routes(artifact) if readable else artifact.problems()
 
 
-def _removed(store: RunStore, stage: str, iteration: int) -> list[str]:
-    """What retention took of one stage's artifact, which is no fault of it."""
-    ref = store.commit_of(stage, iteration)
-    expiry = store.open(ref).expiry if ref is not None else None
-    if ref is None or expiry is None:
+def _removed(artifact: Artifact) -> list[str]:
+    """What retention took of an artifact, which is no fault of it."""
+    uri, expiry = artifact.ref.uri, artifact.expiry
+    if expiry is None:
         return []
-    return [f"{ref.uri}/{expiry.below or ''}: removed by retention on {expiry.on:%Y-%m-%d} ({expiry.why})"]
+    return [f"{uri}/{expiry.below}: removed by retention on {expiry.on:%Y-%m-%d} ({expiry.why})"]

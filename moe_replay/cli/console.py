@@ -11,8 +11,8 @@ from rich.console import Console
 
 from moe_replay.config import parse_config, run_root
 
-Json = Annotated[bool, Parameter(name="--json", negative="")]
-Root = Annotated[str | None, Parameter(name="--root")]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object and nothing else.")]
+Root = Annotated[str | None, Parameter(name="--root", help="fsspec URL under which runs lie.")]
 
 out = Console()
 """Standard output, for results."""

@@ -30,10 +30,6 @@ def diff(a: str, b: str, *, figure: Path | None = None, root: Root = None, json_
         Another, of the same model.
     figure
         Also draw a heat map, layers by token position, to this PNG file.
-    root
-        fsspec URL under which runs lie.
-    json_
-        Print one JSON object and nothing else.
     """
     if figure is not None:
         check_figure(figure)
@@ -59,8 +55,8 @@ def _open(name: str, root: str) -> tuple[RunStore, RouteArchive]:
 
 def _prompt_tokens(store: RunStore, routes: RouteArchive) -> dict[bytes, int]:
     """Length of the prompt by token digest, of the rollout that the routes are of; empty where it isn't stored."""
-    ref = store.commit_of("rollout", routes.provenance.iteration)
-    if ref is None or (rollout := store.open(ref)).expiry is not None:
+    rollout = store.committed("rollout", routes.provenance.iteration)
+    if rollout is None or rollout.expiry is not None:
         return {}
     return {answer.token_digest: len(answer.prompt_ids) for answer in read_answers(rollout)}
 

@@ -49,10 +49,6 @@ def export(
         Decoder layers to export, for example 0-11,20; by default all.
     overwrite
         Replace a file that is there.
-    root
-        fsspec URL under which runs lie.
-    json_
-        Print one JSON object and nothing else.
     """
     form = format_ or _format_of(out_file)
     chosen = None if layers is None else parse_layers(layers)
@@ -118,10 +114,6 @@ def import_(
         SHA-256 that identifies the weights it held.
     keep_order
         Keep the experts of a token in the order of the file; by default they are stored by id, which takes less.
-    root
-        fsspec URL under which runs lie.
-    json_
-        Print one JSON object and nothing else.
     """
     store = RunStore(root_of(root), run_id)
     told = {"source": source, "engine_version": engine_version, "dtype": dtype, "weights_sha256": weights_sha256}

@@ -55,10 +55,6 @@ def gc(
         How long nothing may have been written to a leftover; a live writer must not pause for longer between objects.
     delete
         Remove it. Without this nothing is changed.
-    root
-        fsspec URL under which runs lie.
-    json_
-        Print one JSON object and nothing else.
     """
     url = root_of(root)
     retention = Retention(older_than, keep_iterations, keep_last_checkpoint)

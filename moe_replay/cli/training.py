@@ -42,10 +42,6 @@ def run(
         Name of the run; a name that exists continues that run.
     set_
         A setting as key=value with a dotted key; may be repeated.
-    root
-        fsspec URL under which runs lie.
-    json_
-        Print one JSON object and nothing else.
     """
     overrides: dict[str, Any] = {}
     if method is not None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
+from moe_replay.archive.layout import IMPORTS_KEY
 from moe_replay.archive.provenance import RouteOrigin, RouteProvenance
-from moe_replay.archive.retention import IMPORTS_KEY
 from moe_replay.archive.routes import RoutedSequence, write_routes
 from moe_replay.errors import ArchiveCorrupt, ConfigError, ReplayError
 from moe_replay.exchange.export_reading import open_export

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
-from moe_replay.archive.layout import STAGES, placement_file
+from moe_replay.archive.layout import IMPORTS_KEY, STAGES, placement_file
 from moe_replay.archive.retention import (
-    IMPORTS_KEY,
     Findings,
     Retention,
     find_probes,
