@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moe_replay.errors import ConfigError
 
-STAGES = ("rollout", "routes", "predictor", "training", "evaluation")
+STAGES = ("rollout", "routes", "training", "predictor", "evaluation")
 """The stages of one iteration, in the order in which they run."""
 
 RUN_FILE = "run.json"
@@ -21,6 +21,10 @@ RESERVED_FILES = frozenset({COMMIT_FILE, TIMING_FILE, ATTEMPT_FILE})
 """Names in a stage's folder that are the archive's own and never an object of the stage."""
 CHECKPOINT_FOLDER = "checkpoint"
 """Folder of the checkpoint within a training artifact."""
+MODEL_FOLDER = "huggingface"
+"""Folder of the Hugging Face model within a checkpoint."""
+PREDICTOR_FILE = "predictor.safetensors"
+"""The predictor to use, within a predictor artifact."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ITERATION = re.compile(r"[0-9]{5,}")

@@ -63,11 +63,16 @@ class RowGroup(_Record):
         return self
 
 
-class RouteProvenance(_Record):
-    """Where the routes of one archive come from, and of how many tokens they are."""
+class GroupProvenance(_Record):
+    """Where any zarr group of an artifact belongs."""
 
     run_id: str
     iteration: int = Field(ge=0)
+
+
+class RouteProvenance(GroupProvenance):
+    """Where the routes of one archive come from, and of how many tokens they are."""
+
     order: Order
     origins: tuple[RouteOrigin, ...] = Field(min_length=1)
     """Each once; all of one model's shape."""

@@ -252,9 +252,17 @@ def _leftovers(found: dict[str, Files], prefix: str, why: str, before: datetime)
 
 
 def _kept_from(artifacts: list[Artifact], imports: bool) -> int:
-    """The iteration from which on everything is kept."""
-    last = "routes" if imports else "training"
-    return max((artifact.commit.iteration for artifact in artifacts if artifact.commit.stage == last), default=0)
+    """The iteration from which on everything is kept: that of the newest training, or predictor where one is fitted.
+
+    Between a training and its fit the predictor before is still needed, with the evidence that it carries.
+    """
+    lasts = ("routes",) if imports else ("training", "predictor")
+    newest = [
+        max(iterations)
+        for stage in lasts
+        if (iterations := [artifact.commit.iteration for artifact in artifacts if artifact.commit.stage == stage])
+    ]
+    return min(newest, default=0)
 
 
 def _given_up(

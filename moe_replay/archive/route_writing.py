@@ -8,17 +8,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec
 
 from moe_replay.archive.provenance import RouteOrigin, RouteProvenance, RowGroupCounter
 from moe_replay.archive.writing import StageWriter
+from moe_replay.archive.zarr_groups import GroupFormat, create_array
 from moe_replay.archive.zarr_stores import HashingStore
 from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RouteIds, RoutingTrace, route_dtype
 
-GROUP = "routes"
-FORMAT = "moe-replay-routes"
-FORMAT_VERSION = 1
+FORMAT = GroupFormat("routing archive", "routes", "routes", "routes", "moe-replay-routes", 1)
 CHUNK_TOKENS = 65536
 """Tokens per chunk; at top-8 of 128 experts half a MiB before compression, a good size for one object."""
 DIGEST_BYTES = 16
@@ -26,7 +25,6 @@ RouteCodec = Literal["expert-set", "zstd"]
 """What compresses the routes; it changes their size and nothing that is read."""
 
 _INDEX_ROWS = 65536
-_PLAIN = [ZstdCodec(level=3), Crc32cCodec()]
 
 
 class RoutedSequence(NamedTuple):
@@ -69,7 +67,7 @@ def write_routes(
     Raises:
         RoutingMismatch: layers, experts or top-k of a sequence are not the origin's, or it makes no sense.
     """
-    store = writer.zarr_store(GROUP)
+    store = writer.zarr_store(FORMAT.group)
     group = zarr.create_group(store, zarr_format=3)
     chunks, counter = _Chunks(store, origin, chunk_tokens, codec, keep_order), RowGroupCounter(chunk_tokens)
     offsets, digests = [0], []
@@ -91,9 +89,7 @@ def write_routes(
         origins=tuple(counter.origins) or (origin,),
         row_groups=counter.close(),
     )
-    group.update_attributes(
-        {"format": FORMAT, "format_version": FORMAT_VERSION, "provenance": provenance.model_dump(mode="json")}
-    )
+    group.update_attributes(FORMAT.attributes(provenance))
     return provenance
 
 
@@ -175,10 +171,10 @@ class _Chunks:
     def _create(self, num_tokens: int) -> tuple[zarr.Array, zarr.Array]:
         num_layers, top_k = len(self._origin.layers), self._origin.top_k
         dtype, chunk = route_dtype(self._origin.num_experts), max(1, num_tokens)
-        ids = _create_array(
+        ids = create_array(
             self._store, "ids", (num_layers, num_tokens, top_k), (1, chunk, top_k), dtype, **self._pipeline()
         )
-        return ids, _create_array(self._store, "valid", (num_tokens,), (chunk,), np.bool_)
+        return ids, create_array(self._store, "valid", (num_tokens,), (chunk,), np.bool_)
 
     def _pipeline(self) -> dict[str, Any]:
         if self._codec == "zstd":
@@ -201,32 +197,8 @@ class _Chunks:
         return np.concatenate([ids for ids, _ in taken]), np.concatenate([valid for _, valid in taken])
 
 
-def _create_array(
-    store: HashingStore,
-    name: str,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    dtype: npt.DTypeLike,
-    serializer: Any = "auto",
-    compressors: Any = _PLAIN,
-) -> zarr.Array:
-    return zarr.create_array(
-        store,
-        name=name,
-        shape=shape,
-        chunks=chunks,
-        dtype=np.dtype(dtype),
-        serializer=serializer,
-        compressors=compressors,
-        fill_value=0,
-        zarr_format=3,
-        # A chunk left out because it is all zeros could not be told from one that was lost.
-        config={"write_empty_chunks": True},
-    )
-
-
 def _write_index(store: HashingStore, name: str, rows: npt.NDArray[Any]) -> None:
     chunks = (min(max(1, len(rows)), _INDEX_ROWS), *rows.shape[1:])
-    array = _create_array(store, name, rows.shape, chunks, rows.dtype)
+    array = create_array(store, name, rows.shape, chunks, rows.dtype)
     if len(rows):
         array[:] = rows
