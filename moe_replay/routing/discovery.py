@@ -19,11 +19,12 @@ _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "mo
 
 @dataclass(frozen=True)
 class Router:
-    """One router: its decoder layer, E, K, and the module whose forward makes the selection."""
+    """One router: its decoder layer, E, K, H, and the module whose forward makes the selection."""
 
     layer: int
     num_experts: int
     top_k: int
+    hidden_size: int
     scope: nn.Module
 
 
@@ -66,7 +67,8 @@ def _router_at(path: str, gate: nn.Module, model: nn.Module, config: Any) -> tup
     # The choice is made by the gate, its block, or the block's experts; Gemma-4 has no block but the layer.
     scope = gate if len(parts) == at + 2 else block
     if _calls_topk(scope):
-        return stack, Router(layer, _num_experts(gate), _top_k(path, gate, block, config), scope)
+        num_experts, hidden_size = _weight_shape(gate)
+        return stack, Router(layer, num_experts, _top_k(path, gate, block, config), hidden_size, scope)
     if hasattr(gate, "tid2eid"):
         return stack, None  # DeepSeek-V4 hash layer: the token id alone decides its experts
     raise ConfigError(
@@ -81,15 +83,15 @@ def _gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         parts = path.split(".")
         inside = any(path.startswith(outer + ".") for outer, _ in gates[-1:])
-        if parts[-1] in _ROUTER_NAMES and any(map(str.isdigit, parts)) and not inside and _num_experts(module) > 1:
+        if parts[-1] in _ROUTER_NAMES and any(map(str.isdigit, parts)) and not inside and _weight_shape(module)[0] > 1:
             gates.append((path, module))
     return gates
 
 
-def _num_experts(gate: nn.Module) -> int:
-    """Rows of the router's weight, its own or a direct child's (`layer`, `proj`, `wg`, ...); 0 if there is none."""
+def _weight_shape(gate: nn.Module) -> tuple[int, int]:
+    """(E, H) of the router's weight, its own or a direct child's (`layer`, `proj`, `wg`, ...); zeros without one."""
     weights = [getattr(module, "weight", None) for module in (gate, *gate.children())]
-    return next((w.shape[0] for w in weights if isinstance(w, Tensor) and w.ndim == 2), 0)
+    return next(((w.shape[0], w.shape[1]) for w in weights if isinstance(w, Tensor) and w.ndim == 2), (0, 0))
 
 
 def _top_k(path: str, gate: nn.Module, block: nn.Module, config: Any) -> int:
@@ -108,7 +110,7 @@ def _check_agreement(found: dict[tuple[str, int], Router]) -> None:
     stacks = sorted({stack for stack, _ in found})
     if len(stacks) > 1:
         raise ConfigError(f"routers belong to one decoder stack, found {stacks}: pass the language model alone")
-    for name in ("num_experts", "top_k"):
+    for name in ("num_experts", "top_k", "hidden_size"):
         by_value = {getattr(router, name): router.layer for router in found.values()}
         if len(by_value) > 1:
             raise ConfigError(

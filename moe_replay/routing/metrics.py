@@ -6,8 +6,8 @@ Shapes: T tokens, L MoE layers, E experts, K experts per token, N sequences, S r
 import torch
 from torch import Tensor
 
-EXTREME_RATIO = 2.0
-"""τ of R3's F(τ): a token is extreme when π/μ or μ/π passes it (arXiv 2510.11370)."""
+from moe_replay.routing.statistics import EXTREME_RATIO
+
 _MOST_DEVIATING = 3
 
 
@@ -23,35 +23,25 @@ def topk_agreement(one_TLK: Tensor, other_TLK: Tensor) -> Tensor:
     return hits_TLK.float().mean(-1)
 
 
-def agreement_metrics(replayed_TLK: Tensor, live_TLK: Tensor) -> dict[str, float]:
-    """`agreement`, and `deviation_{0,1,2,3plus}`: share of (token, layer) by experts that differ.
+def deviation_by_layer(replayed_TLK: Tensor, live_TLK: Tensor) -> Tensor:
+    """Share of each layer's tokens in which 0, 1, 2, or 3 and more of the K experts differ. -> float64 [L, 4].
 
-    PR2's router deviation is the histogram over K minus the experts in common. Empty without tokens.
+    PR2's router deviation: the histogram over K minus the experts in common (arXiv 2606.00395).
     """
-    if replayed_TLK.numel() == 0:
-        return {}
     top_k = replayed_TLK.shape[-1]
-    agreement_TL = topk_agreement(replayed_TLK, live_TLK)
-    missed_TL = ((1 - agreement_TL) * top_k).round().to(torch.int64).clamp_max(_MOST_DEVIATING)
-    shares = torch.bincount(missed_TL.flatten(), minlength=_MOST_DEVIATING + 1) / missed_TL.numel()
-    names = ["deviation_0", "deviation_1", "deviation_2", "deviation_3plus"]
-    return {"agreement": agreement_TL.mean().item(), **dict(zip(names, shares.tolist(), strict=True))}
+    missed_TL = ((1 - topk_agreement(replayed_TLK, live_TLK)) * top_k).round().to(torch.int64)
+    bins_TLD = torch.nn.functional.one_hot(missed_TL.clamp_max(_MOST_DEVIATING), _MOST_DEVIATING + 1)
+    return bins_TLD.double().mean(0)
 
 
-def router_mismatch_metrics(rollout_TLK: Tensor, trainer_TLK: Tensor) -> dict[str, float]:
-    """How often trainer and inference engine choose different sets for the same token.
+def kl_estimates(sampled_NS: Tensor, other_NS: Tensor, mask_NS: Tensor) -> tuple[float, float]:
+    """KL(sampled ‖ other) over tokens that were sampled, by the estimators k1 and k3. Log-probs in.
 
-    `router_fraction` over (token, layer), `token_fraction` over tokens with at least one such layer,
-    `routers_per_token` their mean number (R3, section 3, arXiv 2510.11370). Empty without tokens.
+    k1 is the mean of -log r and k3 that of r - 1 - log r with r = other / sampled; in float64, since k3 of nearly equal
+    log-probs is below float32's rounding of 1.
     """
-    if rollout_TLK.numel() == 0:
-        return {}
-    differs_TL = topk_agreement(rollout_TLK, trainer_TLK) < 1
-    return {
-        "router_fraction": differs_TL.float().mean().item(),
-        "token_fraction": differs_TL.any(-1).float().mean().item(),
-        "routers_per_token": differs_TL.float().sum(-1).mean().item(),
-    }
+    log_ratio_T = (other_NS - sampled_NS)[mask_NS].double()
+    return -log_ratio_T.mean().item(), (log_ratio_T.expm1() - log_ratio_T).mean().item()
 
 
 def extreme_fraction(train_NS: Tensor, rollout_NS: Tensor, mask_NS: Tensor) -> float:
@@ -83,7 +73,7 @@ def policy_health(
     clip: tuple[float, float],
     whole_sequences: bool,
 ) -> dict[str, float]:
-    """`clip_low`, `clip_high`: share of tokens whose gradient the clip cuts; `ratio_max`; `kl_old`, estimator k1.
+    """`policy/*`: `clip_low`, `clip_high`, share of tokens whose gradient the clip cuts; `ratio_max`; `kl_old` (k1).
 
     `whole_sequences` takes GSPO's ratio, the geometric mean over a sequence (arXiv 2507.18071).
     """
@@ -97,8 +87,8 @@ def policy_health(
     high_NS = (ratio_NS > 1 + clip[1]) & (advantages_NS > 0) & mask_NS
     tokens = mask_NS.sum()
     return {
-        "clip_low": (low_NS.sum() / tokens).item(),
-        "clip_high": (high_NS.sum() / tokens).item(),
-        "ratio_max": ratio_NS[mask_NS].max().item(),
-        "kl_old": kl_old,
+        "policy/clip_low": (low_NS.sum() / tokens).item(),
+        "policy/clip_high": (high_NS.sum() / tokens).item(),
+        "policy/ratio_max": ratio_NS[mask_NS].max().item(),
+        "policy/kl_old": kl_old,
     }
