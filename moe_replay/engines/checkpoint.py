@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
+from moe_replay.archive.layout import MODEL_FOLDER
 from moe_replay.errors import ArchiveCorrupt
 
-MODEL_FOLDER = "huggingface"
 """Where verl's manager puts config and tokenizer; the weights lie beside them, so vLLM can load the folder."""
 OPTIMIZER_FOLDER = "optimizer"
 _SCALARS = "scalars.json"

@@ -1,11 +1,19 @@
-"""verl's FSDP2 engine, with routes recorded and replayed (registered as model type `replayed_language_model`).
+"""verl's FSDP2 engine, with routes recorded, replayed or predicted (model type `replayed_language_model`).
 
 Legend of shapes: B sequences of a micro-batch, S tokens of its longest, R = B * S rows that reach a router,
-L MoE layers, K experts per token.
+T tokens of all sequences, P of them sampled, L MoE layers, K experts per token, E experts, H hidden size.
 
-Routes travel inside the batch as verl's `routed_experts`: nested [B, tokens, L, K], -1 in rows without a route.
-verl's micro-batching reorders sequences, so targets are built from the micro-batch itself, in the layout that
-the model is about to see. The routers' own choices come back as `live_experts` in the model's output, in that layout.
+What a pass is to do travels inside the batch, since verl's micro-batching reorders sequences; targets are built from
+the micro-batch itself, in the layout that the model is about to see. All but the last are nested by sequence:
+- `routed_experts`, verl's own: routes to replay, [B, tokens, L, K], -1 in rows without a route;
+- `reference_experts`, likewise: routes whose coverage gap is measured, by default those replayed;
+- `sampled_rows`: bool [B, tokens], the tokens whose router features are kept;
+- `gate_predictor`, non-tensor: W_p [E, H] by decoder layer, to route by h (W + W_p).
+
+What it saw comes back in the model's output, in the order of the sequences: `live_experts` [B, tokens, L, K] always,
+the routers' own choice; `coverage_gap` [B, tokens, L] with a reference; `router_hidden` [B, sampled, L, H] and
+`router_logits` [B, sampled, L, E], float32 on the CPU, with sampled rows; `predicted_experts` [B, tokens, L, K], what
+was routed, with a predictor.
 """
 
 from collections.abc import Callable
@@ -14,6 +22,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -31,7 +40,7 @@ _FSDPEngine: Any = FSDPEngineWithLMHead  # verl's registering decorator hides it
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cpu", "cuda", "npu"])
 class ReplayEngine(_FSDPEngine):
-    """Replays `routed_experts` where the batch has it, else routes live; records the live choice always.
+    """Replays or predicts experts where the batch says so, else routes live; records the live choice always.
 
     Needs `use_remove_padding=False`: rows are matched to tokens in the padded layout.
     """
@@ -56,24 +65,64 @@ class ReplayEngine(_FSDPEngine):
             return super().forward_backward_batch(data, loss_function, forward_only)
         finally:
             self.routers.route_live()
+            self.routers.forget()
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool) -> Any:
         """One micro-batch through the model under its own routes."""
         input_ids: Any = micro_batch["input_ids"]
         lengths_B = input_ids.offsets().diff()
         real_R = (torch.arange(int(lengths_B.max()), device=lengths_B.device) < lengths_B[:, None]).reshape(-1)
-        if "routed_experts" in micro_batch.keys():  # noqa: SIM118 (a TensorDict is no dict)
-            routed_experts: Any = micro_batch["routed_experts"]
-            ids_RLK, present_R = padded_routes(routed_experts.values(), real_R)
-            self.routers.replay(ids_RLK.to(get_device_id()), present_R.to(get_device_id()))
+        self._steer(micro_batch, real_R)
+        self._observe(micro_batch, real_R)
+        loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+        output["model_output"] |= self._seen(micro_batch, real_R.to(get_device_id()))
+        return loss, output
+
+    def _steer(self, micro_batch: TensorDict, real_R: Tensor) -> None:
+        predictor: Any = tu.get_non_tensor_data(micro_batch, "gate_predictor", None)
+        if predictor is not None:
+            self.routers.predict(predictor, real_R.to(get_device_id()))
+        elif "routed_experts" in micro_batch.keys():  # noqa: SIM118 (a TensorDict is no dict)
+            self.routers.replay(*_row_routes(micro_batch["routed_experts"], real_R))
         else:
             self.routers.route_live()
-        loss, output = super().forward_step(micro_batch, loss_function, forward_only)
-        live_TLK = self.routers.live_RLK[real_R.to(get_device_id())].to(torch.int32)
-        output["model_output"]["live_experts"] = torch.nested.nested_tensor_from_jagged(
-            live_TLK, input_ids.offsets().to(live_TLK.device)
-        )
-        return loss, output
+
+    def _observe(self, micro_batch: TensorDict, real_R: Tensor) -> None:
+        given = micro_batch.keys()
+        self.routers.forget()
+        if "reference_experts" in given:
+            self.routers.compare(*_row_routes(micro_batch["reference_experts"], real_R))
+        elif "routed_experts" in given:
+            self.routers.compare()
+        if "sampled_rows" in given:
+            sampled: Any = micro_batch["sampled_rows"]
+            self.routers.watch(real_R.nonzero()[:, 0][sampled.values()].to(get_device_id()))
+
+    def _seen(self, micro_batch: TensorDict, real_R: Tensor) -> dict[str, Tensor]:
+        """What the routers saw of the real tokens, nested by sequence."""
+        given = micro_batch.keys()
+        input_ids: Any = micro_batch["input_ids"]
+        seen = {"live_experts": _by_sequence(self.routers.live_RLK[real_R].to(torch.int32), input_ids)}
+        if "gate_predictor" in given:
+            seen["predicted_experts"] = _by_sequence(self.routers.routed_RLK[real_R].to(torch.int32), input_ids)
+        if "reference_experts" in given or "routed_experts" in given:
+            seen["coverage_gap"] = _by_sequence(self.routers.coverage_gap_RL[real_R], input_ids)
+        if "sampled_rows" in given:
+            sampled: Any = micro_batch["sampled_rows"]
+            features = self.routers.features
+            counts = torch.tensor([0, *(int(flags.sum()) for flags in sampled.unbind())])
+            for name, values in (("router_hidden", features.hidden_SLH), ("router_logits", features.logits_SLE)):
+                seen[name] = torch.nested.nested_tensor_from_jagged(values.cpu(), counts.cumsum(0))
+        return seen
+
+
+def _by_sequence(values_T: Tensor, input_ids: Any) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(values_T, input_ids.offsets().to(values_T.device))
+
+
+def _row_routes(nested: Any, real_R: Tensor) -> tuple[Tensor, Tensor]:
+    ids_RLK, present_R = padded_routes(nested.values(), real_R)
+    return ids_RLK.to(get_device_id()), present_R.to(get_device_id())
 
 
 def padded_routes(ids_TLK: Tensor, real_R: Tensor) -> tuple[Tensor, Tensor]:

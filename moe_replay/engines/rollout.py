@@ -14,6 +14,9 @@ from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace, refuse_dead_capture
 from moe_replay.tokenization import encode_prompt
 
+FLOAT32_GATES = "moe_replay_float32_gates"
+"""vLLM's load format for routers in float32 (`moe_replay.engines.vllm_gates`)."""
+
 ENVIRONMENT = {
     # One thread of control: requests are batched in the same order each time, so the same seeds give the same bytes.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -52,7 +55,10 @@ class Response:
 
 
 class RolloutEngine:
-    """One vLLM engine that captures routes."""
+    """One vLLM engine that captures routes.
+
+    Raises ConfigError when `rollout.gate_dtype` asks for routers that the engine can't hold.
+    """
 
     def __init__(self, model: Path, weights: str, config: RolloutConfig):
         from vllm import LLM
@@ -60,27 +66,33 @@ class RolloutEngine:
 
         self.config = config
         self.weights: str | None = weights
-        """Which weights are loaded, as the caller named them."""
+        """Which weights are loaded, as the caller named them; none when a load has failed."""
+        self.predictor_sha256: str | None = None
+        """Which predictor is merged into the routers."""
+        self.merge_fidelity: float | None = None
+        """Share of the predictor that the routers' precision keeps (`predictor/merge_fidelity` of `docs/methods.md`);
+        none without one, and for one that is zero."""
         self._llm = LLM(
             model=str(model),
             dtype=config.dtype,
+            load_format=FLOAT32_GATES if config.gate_dtype == "float32" else "auto",
             max_model_len=config.max_prompt_tokens + config.max_response_tokens,
             gpu_memory_utilization=config.memory_fraction,
             enforce_eager=current_platform.is_cpu(),
             enable_return_routed_experts=True,
             # Log-probs at the sampling temperature, as the trainer takes them.
             logprobs_mode="processed_logprobs",
-            worker_extension_cls="moe_replay.engines.vllm_plugin.PolicyLoader",
+            worker_extension_cls="moe_replay.engines.policy_loader.PolicyLoader",
             disable_log_stats=True,
             seed=0,
         )
         model_config = self._llm.llm_engine.model_config
         self.num_experts = int(model_config.get_num_experts())
         self.top_k = int(model_config.get_num_experts_per_tok())
-        self.layers = tuple(self._llm.collective_rpc("moe_replay_router_layers")[0])
+        self.layers = tuple(self._ask("moe_replay_router_layers"))
         # From the files: vLLM's CPU kernels pack the weights they hold beyond recognition.
         self.gates_sha256 = digest_gates(model, self.layers)
-        """Which router weights are loaded; none when they can't be told."""
+        """Which router weights are loaded, before any predictor is added; none when they can't be told."""
 
     @property
     def version(self) -> str:
@@ -91,14 +103,24 @@ class RolloutEngine:
 
         return getattr(vllm, "__version__", "") or version("vllm")
 
-    def load(self, folder: Path, weights: str) -> None:
-        """Swap in the weights of a Hugging Face checkpoint folder, named `weights`, unless they are there already."""
-        if weights == self.weights:
+    def load(self, folder: Path, weights: str, predictor: tuple[Path, str] | None = None) -> None:
+        """Swap in the weights of a Hugging Face checkpoint folder, named `weights`, unless they are there already.
+
+        `predictor` is a predictor file and its sha256. The routers then hold W + W_p, summed in float32 and rounded
+        once, to the routers' precision. Only routers are read when the weights are there and the predictor is another.
+
+        Raises RoutingMismatch when the predictor doesn't fit the model and ArchiveCorrupt when its file isn't whole;
+        the engine then goes on with what it held. After any other error `weights` is None.
+        """
+        path, sha256 = predictor or (None, None)
+        if (weights, sha256) == (self.weights, self.predictor_sha256):
             return
-        self.weights = None
-        self._llm.collective_rpc("moe_replay_load", args=(str(folder),))
+        fidelity = self._ask("moe_replay_fidelity", str(folder), str(path)) if path else None
+        routers_only = weights == self.weights
+        self.weights = self.predictor_sha256 = self.merge_fidelity = self.gates_sha256 = None
+        self._ask("moe_replay_load", str(folder), path and str(path), routers_only)
         self.gates_sha256 = digest_gates(folder, self.layers)
-        self.weights = weights
+        self.weights, self.predictor_sha256, self.merge_fidelity = weights, sha256, fidelity
 
     def generate(self, requests: Sequence[Request], temperature: float, progress: Progress) -> list[Response]:
         """Sample one response for each request, in their order.
@@ -126,6 +148,10 @@ class RolloutEngine:
         if responses:
             refuse_dead_capture(RoutingTrace.concatenate([response.trace for response in responses]))
         return responses
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        """Have every worker of vLLM run a method of `PolicyLoader`; the first one's answer."""
+        return self._llm.collective_rpc(method, args=args)[0]
 
     def _tokenize(self, conversations: list[list[dict[str, Any]]]) -> list[list[int]]:
         tokenizer, longest = self._llm.get_tokenizer(), self.config.max_prompt_tokens

@@ -1,36 +1,32 @@
 """verl as the training engine: old log-probs and optimizer steps under given routes, in one process.
 
-Shapes: N sequences, S response tokens of the longest, T tokens of one sequence, L MoE layers, K experts per token.
+Shapes: N sequences, S response tokens of the longest, T tokens of one sequence or of all, P of them sampled, L MoE
+layers, K experts per token, E experts, H hidden size.
 """
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from moe_replay.archive.layout import MODEL_FOLDER
 from moe_replay.config import TrainingConfig
-from moe_replay.engines.checkpoint import MODEL_FOLDER
-from moe_replay.errors import RoutingMismatch
+from moe_replay.engines.training_batch import PassRoutes, TokenSequence, as_batch, token_fields
 from moe_replay.methods import Method
+from moe_replay.routing.observation import RouterFeatures
 from moe_replay.routing.trace import RoutingTrace
 
 _FOREVER = 1 << 30
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """Prompt and response of one sample."""
-
-    prompt_ids: Tensor
-    response_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,19 @@ class Pass:
     """Of a scoring pass; a step does not compute it."""
     live_TLK: Tensor
     """The routers' own choice for all tokens of all sequences, int32, in the order given."""
+    coverage_gap_TL: Tensor
+    """1 - Σ softmax(p) over the reference's experts, float32; NaN where the token has no reference route."""
     loss: float
     grad_norm: float
+    features: RouterFeatures | None = None
+    """What the routers got and gave for the sampled tokens, on the CPU, in the order of the sequences given."""
+    routed_TLK: Tensor | None = None
+    """The experts that a pass under a predictor routed to, int32; a set's order is that of the pass."""
+
+    @property
+    def own_TLK(self) -> Tensor:  # noqa: N802  (shape-suffixed)
+        """What the trainer chose where nothing was replayed: the predicted experts under a predictor, else the live."""
+        return self.live_TLK if self.routed_TLK is None else self.routed_TLK
 
 
 class TrainingEngine:
@@ -61,6 +68,7 @@ class TrainingEngine:
         self._engine = self._build(model)
         routers = self._engine.routers
         self.num_experts, self.top_k, self.layers = routers.num_experts, routers.top_k, routers.layers
+        self.hidden_size = routers.hidden_size
 
     def load(self, folder: Path, weights: str, is_checkpoint: bool) -> None:
         """Hold the weights of `folder`, named `weights`: a model to start from, or a checkpoint of `save`.
@@ -83,10 +91,31 @@ class TrainingEngine:
         self._engine.save_checkpoint(str(folder))
 
     def score(
-        self, sequences: Sequence[TokenSequence], routes: Sequence[RoutingTrace] | None, temperature: float
+        self,
+        sequences: Sequence[TokenSequence],
+        routes: Sequence[RoutingTrace] | None,
+        temperature: float,
+        reference: Sequence[RoutingTrace] | None = None,
+        sampled: Sequence[npt.NDArray[np.int64]] | None = None,
+        predictor: Mapping[int, Tensor] | None = None,
     ) -> Pass:
-        """Log-probs of the responses at `temperature` without gradient, replaying `routes` where given."""
-        batch = self._batch(sequences, routes, temperature, calculate_entropy=True)
+        """Log-probs of the responses at `temperature` without gradient, replaying `routes` where given.
+
+        Args:
+            sequences: what to score.
+            routes: one trace a sequence; without them the routers choose.
+            temperature: of the sampling that is scored.
+            reference: traces whose coverage gap is measured, by default `routes`.
+            sampled: by sequence, ascending positions of the tokens whose router features are kept.
+            predictor: W_p [E, H] by decoder layer: route to topk(p + h W_p), under weights of the live p.
+
+        Raises:
+            RoutingMismatch: routes, reference, positions or predictor are not of these tokens or this model.
+            ConfigError: routes and a predictor are given, or the model's routers choose by more than their logits and
+                features or predictions are asked for.
+        """
+        asked = PassRoutes(routes, reference, sampled, predictor)
+        batch = self._batch(sequences, asked, temperature, calculate_entropy=True)
         with self._engine.eval_mode():
             output = self._engine.infer_batch(batch)
         return self._pass(output, batch)
@@ -100,15 +129,20 @@ class TrainingEngine:
         importance_NS: Tensor | None,
         method: Method,
         temperature: float,
+        reference: Sequence[RoutingTrace] | None = None,
+        sampled: Sequence[npt.NDArray[np.int64]] | None = None,
     ) -> Pass:
-        """One optimizer step of the method's policy loss on these sequences, sampled at `temperature`."""
+        """One optimizer step of the method's policy loss on these sequences, sampled at `temperature`.
+
+        What is returned was seen before the weights changed. Routes, reference and sampled as in `score`.
+        """
         from verl.workers.utils.losses import ppo_loss
 
-        self.weights = None
         per_token = {"old_log_probs": old_NS, "advantages": advantages_NS}
         if importance_NS is not None:
             per_token["rollout_is_weights"] = importance_NS
-        batch = self._batch(sequences, routes, temperature, per_token)
+        batch = self._batch(sequences, PassRoutes(routes, reference, sampled), temperature, per_token)
+        self.weights = None
         with self._engine.train_mode():
             output = self._engine.train_batch(batch, partial(ppo_loss, _actor_config(method, len(sequences))))
             self._engine.lr_scheduler_step()
@@ -161,76 +195,40 @@ class TrainingEngine:
     def _batch(
         self,
         sequences: Sequence[TokenSequence],
-        routes: Sequence[RoutingTrace] | None,
+        asked: PassRoutes,
         temperature: float,
         per_token: dict[str, Tensor] | None = None,
         calculate_entropy: bool = False,
     ) -> TensorDict:
-        """The sequences in verl's layout: nested tensors without padding."""
-        from verl.utils import tensordict_utils as tu
-        from verl.utils.dataset.dataset_utils import DatasetPadMode
-
-        whole = [torch.cat([sequence.prompt_ids, sequence.response_ids]) for sequence in sequences]
-        lengths = [len(sequence.response_ids) for sequence in sequences]
-        fields = {
-            "input_ids": _nested(whole),
-            "position_ids": _nested([torch.arange(len(ids)) for ids in whole]),
-            "prompts": _nested([sequence.prompt_ids for sequence in sequences]),
-            "responses": _nested([sequence.response_ids for sequence in sequences]),
-            "response_mask": _nested([torch.ones(length, dtype=torch.int64) for length in lengths]),
-            "loss_mask": _nested(
-                [torch.cat([torch.zeros(len(s.prompt_ids)), torch.ones(len(s.response_ids))]) for s in sequences]
-            ),
-        }
-        for name, values_NS in (per_token or {}).items():
-            fields[name] = _nested([row[:length] for row, length in zip(values_NS, lengths, strict=True)])
-        if routes is not None:
-            fields["routed_experts"] = _nested(
-                [
-                    self._aligned(number, trace, len(ids))
-                    for number, (trace, ids) in enumerate(zip(routes, whole, strict=True))
-                ]
-            )
-        batch = TensorDict(fields, batch_size=[len(sequences)])
-        tu.assign_non_tensor(
-            batch,
-            use_dynamic_bsz=True,
+        fields = token_fields(sequences, per_token or {})
+        fields |= asked.fields(sequences, self.num_experts, self.top_k, self.layers)
+        settings = {} if asked.predictor is None else {"gate_predictor": asked.predictor}
+        return as_batch(
+            fields,
+            len(sequences),
             max_token_len_per_gpu=self._training.micro_batch_tokens,
-            use_remove_padding=False,
-            use_fused_kernels=False,
-            pad_mode=DatasetPadMode.NO_PADDING,
             temperature=temperature,
             calculate_entropy=calculate_entropy,
-            return_model_output=True,
-            global_batch_size=len(sequences),
+            **settings,
         )
-        return batch
-
-    def _aligned(self, number: int, trace: RoutingTrace, tokens: int) -> Tensor:
-        """The trace as verl's `routed_experts` of one sequence: int32 [T, L, K], -1 where there is no route."""
-        from moe_replay.engines.replay_engine import NO_ROUTE
-
-        trace.require_model(self.num_experts, self.top_k, self.layers, f"the trace of sequence {number}")
-        if trace.num_tokens != tokens:
-            raise RoutingMismatch(
-                f"routes cover {trace.num_tokens} rows but sequence {number} has {tokens} tokens; "
-                "they belong to other tokens: re-run the rollout, routes are never padded"
-            )
-        ids_TLK = torch.from_numpy(trace.ids_TLK.astype("int32"))
-        ids_TLK[~torch.from_numpy(trace.valid_T)] = NO_ROUTE
-        return ids_TLK
 
     def _pass(self, output: dict[str, Any], batch: TensorDict) -> Pass:
         from verl.workers.utils.padding import no_padding_2_padding
 
         seen = output["model_output"]
-        entropy = seen.get("entropy")
+        live_TLK = seen["live_experts"].values().cpu()
+        entropy, gap, routed, features = *map(seen.get, ("entropy", "coverage_gap", "predicted_experts")), None
+        if "router_hidden" in seen:
+            features = RouterFeatures(seen["router_hidden"].values(), seen["router_logits"].values())
         return Pass(
             log_probs_NS=no_padding_2_padding(seen["log_probs"], batch).float().cpu(),
             entropy_NS=None if entropy is None else no_padding_2_padding(entropy, batch).float().cpu(),
-            live_TLK=seen["live_experts"].values().cpu(),
+            live_TLK=live_TLK,
+            coverage_gap_TL=torch.full(live_TLK.shape[:2], torch.nan) if gap is None else gap.values().cpu(),
             loss=float(sum(output["loss"])),
             grad_norm=float(output["metrics"].get("grad_norm", 0.0)),
+            features=features,
+            routed_TLK=None if routed is None else routed.values().cpu(),
         )
 
 
@@ -249,10 +247,6 @@ def _actor_config(method: Method, sequences: int) -> Any:
         loss_agg_mode=method.loss_aggregation,
         policy_loss=PolicyLossConfig(loss_mode=method.policy_loss),
     )
-
-
-def _nested(rows: list[Tensor]) -> Tensor:
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def _join_process_group() -> None:
