@@ -29,6 +29,8 @@ from moe_replay.methods import DEFAULT_PRESET, Method
 
 EMBEDDED = "embedded"
 """Stands for the tiny model, its training problems or its benchmark, all made on the spot."""
+EMBEDDED_TOP_4 = "embedded-top-4"
+"""Stands for a second tiny model, of 32 experts with 4 to a token."""
 
 Dtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -44,7 +46,7 @@ class ModelConfig(Config):
     """The policy to train."""
 
     path: str = EMBEDDED
-    """A folder or hub name of a Hugging Face Mixture-of-Experts model, or `embedded`."""
+    """A folder or hub name of a Hugging Face Mixture-of-Experts model, `embedded` or `embedded-top-4`."""
 
 
 class DataConfig(Config):
@@ -69,6 +71,8 @@ class RolloutConfig(Config):
     """Sampling temperature; log-probs of both engines are taken at it."""
     dtype: Dtype = "bfloat16"
     """Precision of the inference engine."""
+    gate_dtype: Literal["engine", "float32"] = "engine"
+    """Precision of the inference engine's routers: its own, or float32, in which small predictions survive."""
     memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Share of a GPU's memory that vLLM may take; the rest is the trainer's. Has no effect on a CPU."""
 
@@ -94,6 +98,45 @@ class TrainingConfig(Config):
     """Recompute activations in backward instead of keeping them."""
     dtype: Dtype = "float32"
     """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
+
+
+class EvolutionConfig(Config):
+    """What training keeps of router evolution: hidden states and logits before the update, and logits after."""
+
+    tokens: PositiveInt = 4096
+    """Token positions kept per iteration, of mini-steps 2 to κ; each takes L * (H * 2 or 4 + 8 E) bytes."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the hidden states kept; logits stay float32, since their drift is a small difference."""
+    record: bool = False
+    """Keep it under methods without a predictor too, so that predictors can be fitted and judged offline."""
+
+
+class PredictorConfig(Config):
+    """How the evolution predictors W_p are fitted, and where they are used."""
+
+    objective: Literal["ridge", "post_routing_kl", "delta_kl"] = "ridge"
+    """Ridge regression of the centred logit drift, in closed form; or one of PR2's two divergences, minimised."""
+    ridge: PositiveFloat = 0.1
+    """Weight of ‖W_p‖²/2, in units of the mean diagonal of the objective's Hessian at W_p = 0."""
+    optimizer: Literal["lbfgs", "adam"] = "lbfgs"
+    """What minimises a divergence."""
+    steps: PositiveInt = 100
+    """Most steps of that optimizer."""
+    window: PositiveInt = 1
+    """Iterations whose evolution is fitted, the newest included."""
+    forgetting: float = Field(default=0.5, gt=0, le=1)
+    """Weight of an iteration against the one after it."""
+    judged_on: Literal["next_iteration", "held_out"] = "next_iteration"
+    """Evidence by which shrinkage and use are chosen: what the previous fit would have predicted of this iteration, or
+    prompts of the same iterations that were left out."""
+    held_out: float = Field(default=0.25, gt=0, lt=1)
+    """Share of prompts left out."""
+    shrinkage: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(0.25, 0.5, 0.75, 1.0), min_length=1)
+    """Factors of W_p to choose from, by layer; 0 is always among them."""
+    memory: float = Field(default=0.9, ge=0, le=1)
+    """Weight of an iteration's evidence against that of the one after it; 0 goes by the newest alone."""
+    evidence: NonNegativeFloat = 2.0
+    """Standard errors by which a layer's predictor must lower the KL of the zero predictor to be used."""
 
 
 class EvaluationConfig(Config):
@@ -149,6 +192,8 @@ class TrackingConfig(Config):
 
     experiment: str = Field(default="moe-replay", min_length=1)
     """MLflow experiment."""
+    comparison: str | None = None
+    """Name of the comparison that the run is part of: a tag by which MLflow's compare view groups runs."""
 
 
 class StagesConfig(Config):
@@ -175,6 +220,8 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig = TrainingConfig()
+    evolution: EvolutionConfig = EvolutionConfig()
+    predictor: PredictorConfig = PredictorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -196,10 +243,27 @@ class RunConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_evolution_to_record(self) -> "RunConfig":
+        if self.records_evolution and self.training.mini_steps < 2:
+            raise ValueError(
+                f"training.mini_steps = {self.training.mini_steps}, and router evolution is what mini-steps 2 to κ "
+                "see; raise it, or take a method without a predictor and evolution.record = false"
+            )
+        return self
+
+    @property
+    def records_evolution(self) -> bool:
+        """Whether training keeps router evolution."""
+        return self.method.predictor or self.evolution.record
+
     def digest(self, *sections: str) -> str:
         """sha256 of the named sections: what a stage's output depends on, besides its inputs."""
-        # The root is where a run lies, not what it is: a copied run stays the same run.
-        chosen = self.model_dump(mode="json", include=set(sections), exclude={"storage": {"root"}})
+        # The root is where a run lies, not what it is: a copied run stays the same run. Defaults are left out, so that
+        # a run goes on under a version that knows more keys.
+        root = {"storage": {"root"}}
+        changed = self.model_dump(mode="json", include=set(sections), exclude=root, exclude_defaults=True)
+        chosen = {section: settings for section, settings in changed.items() if settings != {}}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def evaluates(self, iteration: int) -> bool:

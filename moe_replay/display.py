@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-_STAGES = {"rollout": "rollout", "routes": "archive", "training": "train", "evaluation": "eval"}
+_STAGES = {"rollout": "rollout", "routes": "archive", "training": "train", "predictor": "fit", "evaluation": "eval"}
 _HEADINGS = {
     "reward/mean": "reward",
     "mismatch/kl_k3": "KL k3",
@@ -47,7 +47,7 @@ class RunDisplay:
         """Show what a stage is at."""
         self._status = f"{stage}: {done} of {total} {what}" if total else f"{stage}: {what}"
 
-    def on_result(self, iteration: int, metrics: dict[str, float]) -> None:
+    def on_result(self, _run_id: str, iteration: int, metrics: dict[str, float]) -> None:
         """Add an iteration's row."""
         self._results.append(metrics)
         if not self._console.is_terminal:
@@ -62,7 +62,7 @@ class RunDisplay:
 def results_table(title: str, results: Iterable[dict[str, float]]) -> Table:
     """One row an iteration: the headline metrics, then the seconds that each stage took."""
     results = list(results)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.caption = "from rollout on: seconds per stage"
     table.caption_justify = "left"
     table.add_column("#", justify="right")

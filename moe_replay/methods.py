@@ -1,8 +1,8 @@
 """The methods of routing replay, as data (`docs/methods.md` has the mathematics).
 
-A method says where the experts of the training pass come from, which of verl's policy losses is used, and whether
-the train-infer mismatch is corrected by a truncated importance weight. The names are presets; any field of a preset
-can be overridden, and a name of your own with all fields given is a method too.
+A method says where the experts of the training pass come from, whether they are predicted, which of verl's policy
+losses is used, and whether the train-infer mismatch is corrected by a truncated importance weight. The names are
+presets; any field of a preset can be overridden, and a name of your own with all fields given is a method too.
 """
 
 from typing import Any, Literal
@@ -18,6 +18,7 @@ LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-me
 
 _GRPO = {
     "route_source": "none",
+    "predictor": False,
     "policy_loss": "vanilla",
     "loss_aggregation": "token-mean",
     "clip_low": 0.2,
@@ -37,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "r2": _GRPO | {"route_source": "old_log_prob"},
     # R3, arXiv 2510.11370: replay the inference engine's routes.
     "r3": _GRPO | {"route_source": "rollout"},
+    # PR2, arXiv 2606.00395: the rollout routes to the experts that are predicted to be active after the update.
+    "pr2": _GRPO | {"route_source": "rollout", "predictor": True},
 }
 
 
@@ -50,9 +53,11 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     name: str
-    """A preset (`grpo`, `gspo`, `tis`, `r2`, `r3`) or a name of your own, which then needs every field."""
+    """A preset (`grpo`, `gspo`, `tis`, `r2`, `r3`, `pr2`) or a name of your own, which then needs every field."""
     route_source: RouteSource
     """Experts of the training pass: `none` (the router's own), `old_log_prob` (R2) or `rollout` (R3)."""
+    predictor: bool
+    """Whether the pass that `route_source` names routes under predicted gates (PR2); needs such a pass."""
     policy_loss: PolicyLoss
     """A policy loss of verl's registry (`verl.trainer.ppo.core_algos`)."""
     loss_aggregation: LossAggregation
@@ -85,6 +90,15 @@ class Method(BaseModel):
                 )
             return {**PRESETS.get(str(given.get("name")), {}), **given}
         return given
+
+    @model_validator(mode="after")
+    def _predicts_what_is_replayed(self) -> "Method":
+        if self.predictor and self.route_source == "none":
+            raise ValueError(
+                "predictor = true predicts the routes that training replays, and route_source = 'none' replays none; "
+                "set route_source to 'rollout' (PR2) or 'old_log_prob' (its authors' variant)"
+            )
+        return self
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -35,7 +35,7 @@ def preflight(config: RunConfig, run_id: str) -> None:
         ConfigError: model, data, root or run id are unusable; the message says which and what to do.
     """
     store = RunStore(run_root(config), run_id)
-    if config.model.path != EMBEDDED:
+    if config.model.path not in tiny.RECIPES:
         require_mixture_of_experts(locate_model(config.model.path, ["config.json"]))
     tables = {_table_file(table) for table in _tables(config) if table != EMBEDDED}
     require_known_sources({source for table in sorted(tables) for source in PromptTable.open(table).data_sources()})
@@ -53,9 +53,10 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
     """
     preflight(config, run_id)
     home = home_folder()
-    wanted = {config.model.path, *_tables(config)}
-    assets = tiny.prepare(home, progress) if EMBEDDED in wanted else None
-    model = assets.model if assets and config.model.path == EMBEDDED else locate_model(config.model.path)
+    is_embedded = config.model.path in tiny.RECIPES
+    recipe = tiny.RECIPES[config.model.path if is_embedded else EMBEDDED]
+    assets = tiny.prepare(home, progress, recipe) if is_embedded or EMBEDDED in _tables(config) else None
+    model = assets.model if assets and is_embedded else locate_model(config.model.path)
     train = assets.train if assets and config.data.train == EMBEDDED else _table_file(config.data.train)
     benchmarks = {
         name: assets.benchmark if assets and table == EMBEDDED else _table_file(table)
@@ -71,7 +72,7 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
         train=_data_file(train),
         benchmarks={name: _data_file(path) for name, path in benchmarks.items()},
     )
-    if wanted != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
+    if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
         _require_prompts_fit(run, progress)
     _create(run)
     return run
@@ -102,7 +103,8 @@ def locate_model(path: str, files: Sequence[str] = _MODEL_FILES) -> Path:
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ConfigError(
-            f"model.path {path} does not exist; give a model's folder, a hub name owner/model, or {EMBEDDED!r}"
+            f"model.path {path} does not exist; give a model's folder, a hub name owner/model, or one of "
+            f"{', '.join(tiny.RECIPES)}"
         )
     from huggingface_hub import snapshot_download
 
@@ -189,10 +191,11 @@ def _table_file(table: str) -> Path:
 def _create(run: Run) -> None:
     """Write `run.json`, or check that the run that is there was made from the same config, model and data."""
     store = run.store()
-    config = stored_config(store) if store.exists() else run.config
+    # `preflight` compared the configs as this version reads them; an older one may have known fewer keys.
+    stored = store.read_run().get("config") if store.exists() else None
     identity = {
         "run_id": run.run_id,
-        "config": config.model_dump(mode="json", exclude={"storage": {"root"}}),
+        "config": stored or run.config.model_dump(mode="json", exclude={"storage": {"root"}}),
         "model_sha256": run.model_sha256,
         "train_sha256": run.train.sha256,
         "benchmarks_sha256": {name: file.sha256 for name, file in run.benchmarks.items()},
@@ -214,5 +217,5 @@ def _require_same_config(run_id: str, stored: RunConfig, wanted: RunConfig) -> N
     if changed:
         raise ConfigError(
             f"run {run_id} exists with another config: {', '.join(changed)}; "
-            "use the config it was started with to resume it, or another --run-id"
+            "use the config it was started with to go on with it, or give another name"
         )

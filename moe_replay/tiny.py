@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_replay.config import EMBEDDED, EMBEDDED_TOP_4
 from moe_replay.data import addition
 from moe_replay.errors import ConfigError, ReplayError
 
@@ -76,7 +77,11 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-EMBEDDED = Recipe()
+RECIPES = {
+    EMBEDDED: Recipe(),
+    EMBEDDED_TOP_4: Recipe(shape=ModelShape(experts=32, top_k=4, expert_width=32)),
+}
+"""The embedded models by the name that configs have for them; their data are the same."""
 PROMPT_TOKENS = 8
 """Length of every prompt of the embedded task, `ddd+ddd=`."""
 
@@ -90,7 +95,7 @@ class EmbeddedAssets:
     benchmark: Path
 
 
-def prepare(home: Path, progress: Progress, recipe: Recipe = EMBEDDED) -> EmbeddedAssets:
+def prepare(home: Path, progress: Progress, recipe: Recipe = RECIPES[EMBEDDED]) -> EmbeddedAssets:
     """The embedded model and data under `home`, made if they are not there yet (about half a minute).
 
     They appear whole or not at all; of several processes that ask at once, one makes them and the others wait.

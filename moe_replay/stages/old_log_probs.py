@@ -1,7 +1,7 @@
 """The old log-prob pass of a rollout batch: what training starts from, and what it shows of mismatch.
 
-Shapes: N sequences of the rollout batch, S response tokens of the longest, T tokens of all sequences, L MoE layers,
-K experts per token, E experts.
+Shapes: N sequences of the rollout batch, S response tokens of the longest, T tokens of a mini-batch, L MoE layers,
+K experts per token.
 """
 
 from collections.abc import Iterator
@@ -11,59 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from moe_replay.archive.read_ahead import read_ahead
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.config import RunConfig
-from moe_replay.engines.training import TokenSequence, TrainingEngine
-from moe_replay.routing.metrics import expert_load, extreme_fraction, load_imbalance, router_mismatch_metrics
+from moe_replay.engines.training import TrainingEngine
+from moe_replay.routing.metrics import extreme_fraction, kl_estimates
+from moe_replay.routing.predictor import EvolutionPredictor
 from moe_replay.routing.trace import RoutingTrace
-from moe_replay.stages.samples import Answer
-
-Metrics = dict[str, float]
-Traces = list[RoutingTrace]
-
-
-@dataclass(frozen=True)
-class Responses:
-    """The samples of a rollout batch without their routes, which the archive holds."""
-
-    sequences: list[TokenSequence]
-    digests: list[bytes]
-    mask_NS: Tensor
-    rollout_NS: Tensor
-    """Log-probs that the inference engine sampled with."""
-    rewards_N: Tensor
-    groups_N: np.ndarray
-
-    @classmethod
-    def of(cls, answers: Iterator[Answer]) -> "Responses":
-        """Take what training needs of each answer."""
-        kept = [
-            (
-                TokenSequence(torch.tensor(answer.prompt_ids), torch.tensor(answer.response_ids)),
-                torch.tensor(answer.log_probs),
-                (answer.token_digest, answer.reward, answer.group),
-            )
-            for answer in answers
-        ]
-        sequences, log_probs, told = zip(*kept, strict=True)
-        digests, rewards, groups = zip(*told, strict=True)
-        lengths = [torch.ones(len(sequence.response_ids), dtype=torch.bool) for sequence in sequences]
-        return cls(
-            list(sequences),
-            list(digests),
-            pad_sequence(lengths, batch_first=True),
-            pad_sequence(list(log_probs), batch_first=True),
-            torch.tensor(rewards),
-            np.array(groups),
-        )
-
-    def parts(self, number: int) -> list[slice]:
-        """The batch in `number` mini-batches of equal size."""
-        size = len(self.sequences) // number
-        return [slice(part * size, (part + 1) * size) for part in range(number)]
+from moe_replay.stages.evolution import EvolutionRecorder
+from moe_replay.stages.responses import Responses
+from moe_replay.stages.route_observation import Metrics, RouteObservation, Traces
 
 
 @dataclass(frozen=True)
@@ -77,7 +35,7 @@ class Batch:
     importance_NS: Tensor | None
     """Truncated importance weights."""
     own: list[Traces] | None
-    """By mini-batch: the trainer's own routes of the old log-prob pass, where the method replays those."""
+    """By mini-batch: the routes that the trainer chose in the old log-prob pass, where the method replays those."""
 
 
 def captured_routes(engine: TrainingEngine, archive: RouteArchive, parts: list[slice]) -> Iterator[Traces]:
@@ -93,80 +51,71 @@ def captured_routes(engine: TrainingEngine, archive: RouteArchive, parts: list[s
 
 
 def old_log_prob_pass(
-    engine: TrainingEngine, config: RunConfig, responses: Responses, archive: RouteArchive
+    engine: TrainingEngine,
+    config: RunConfig,
+    responses: Responses,
+    archive: RouteArchive,
+    observation: RouteObservation,
+    recorder: EvolutionRecorder | None,
+    predictor: EvolutionPredictor | None,
 ) -> tuple[Batch, Metrics]:
     """Score the batch under the method's routes; then advantages and corrections, and the metrics of mismatch.
 
     Mini-batches are scored as they will be trained, so that the first mini-step starts at a ratio of exactly 1, and
-    routes of no more than two of them are held.
+    routes of no more than two of them are held. A `predictor` steers the trainer's own routes of this pass, which the
+    method then replays (the variant of PR2 that its authors released).
     """
     parts = responses.parts(config.training.mini_steps)
     width, replays = responses.mask_NS.shape[1], config.method.route_source == "rollout"
-    seen = _Mismatch(engine.num_experts)
     old, entropy, own = [], [], []
-    for part, captured in zip(parts, captured_routes(engine, archive, parts), strict=True):
-        one = engine.score(responses.sequences[part], captured if replays else None, config.rollout.temperature)
+    for step, (part, captured) in enumerate(zip(parts, captured_routes(engine, archive, parts), strict=True), start=1):
+        one = engine.score(
+            responses.sequences[part],
+            captured if replays else None,
+            config.rollout.temperature,
+            sampled=recorder.sampled(step) if recorder else None,
+            predictor=predictor.weights if predictor else None,
+        )
         assert one.entropy_NS is not None
         old.append(pad(one.log_probs_NS, (0, width - one.log_probs_NS.shape[1])))
         entropy.append(pad(one.entropy_NS, (0, width - one.entropy_NS.shape[1])))
-        seen.add(captured, one.live_TLK)
+        observation.add_old_pass(captured, one)
+        if recorder:
+            recorder.before(step, one)
         if config.method.route_source == "old_log_prob":
-            own.append(_split_live(one.live_TLK, captured))
+            own.append(by_sequence(one.own_TLK, captured))
     old_NS = torch.cat(old)
-    importance_NS, metrics = _mismatch(config, old_NS, responses.rollout_NS, responses.mask_NS)
+    both = old_NS, responses.rollout_NS, responses.mask_NS
+    importance_NS, metrics = _importance(*both, config.method.importance_threshold), _mismatch(*both)
     metrics["policy/entropy"] = torch.cat(entropy)[responses.mask_NS].mean().item()
-    batch = Batch(responses, old_NS, _advantages(responses), importance_NS, own or None)
-    return batch, metrics | seen.metrics()
+    return Batch(responses, old_NS, _advantages(responses), importance_NS, own or None), metrics
 
 
-class _Mismatch:
-    """Router mismatch and load, gathered mini-batch by mini-batch."""
-
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
-        self._parts: list[tuple[int, Metrics]] = []
-        self._load_LE: Tensor | int = 0
-        self._tokens = 0
-
-    def add(self, captured: Traces, live_TLK: Tensor) -> None:
-        """Compare the routes of one mini-batch with the trainer's own choice."""
-        ids_TLK, valid_T = join(captured)
-        self._tokens += len(valid_T)
-        router_mismatch = router_mismatch_metrics(ids_TLK[valid_T], live_TLK[valid_T].long())
-        self._parts.append((int(valid_T.sum()), prefixed("mismatch", router_mismatch)))
-        self._load_LE = self._load_LE + expert_load(ids_TLK[valid_T], self._num_experts)
-
-    def metrics(self) -> Metrics:
-        """Means over all captured tokens."""
-        parts = [(count, metrics) for count, metrics in self._parts if count]
-        captured = sum(count for count, _ in parts)
-        names = parts[0][1] if parts else {}
-        assert isinstance(self._load_LE, Tensor)
-        return {
-            **{name: sum(count * part[name] for count, part in parts) / captured for name in names},
-            "routing/load_imbalance": load_imbalance(self._load_LE),
-            "routing/missing_fraction": 1 - captured / self._tokens,
-        }
+def _mismatch(old_NS: Tensor, rollout_NS: Tensor, mask_NS: Tensor) -> Metrics:
+    """How far the trainer's policy is from the one that sampled."""
+    k1, k3 = kl_estimates(rollout_NS, old_NS, mask_NS)
+    return {
+        "mismatch/kl_k1": k1,
+        "mismatch/kl_k3": k3,
+        "mismatch/extreme_fraction": extreme_fraction(old_NS, rollout_NS, mask_NS),
+    }
 
 
-def _mismatch(config: RunConfig, old_NS: Tensor, rollout_NS: Tensor, mask_NS: Tensor) -> tuple[Tensor | None, Metrics]:
-    """verl's mismatch estimators, and its truncated importance weights where the method wants them."""
+def _importance(old_NS: Tensor, rollout_NS: Tensor, mask_NS: Tensor, threshold: float | None) -> Tensor | None:
+    """verl's truncated importance weights, where the method wants them."""
+    if threshold is None:
+        return None
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 
-    threshold = config.method.importance_threshold
-    weights, _, seen = compute_rollout_correction_and_rejection_mask(
+    weights, _, _ = compute_rollout_correction_and_rejection_mask(
         old_log_prob=old_NS,
         rollout_log_prob=rollout_NS,
         response_mask=mask_NS.to(torch.int64),
-        rollout_is="token" if threshold is not None else None,
+        rollout_is="token",
         rollout_is_threshold=threshold,
     )
-    metrics = {
-        "mismatch/kl_k1": float(seen["rollout_corr/kl"]),
-        "mismatch/kl_k3": float(seen["rollout_corr/k3_kl"]),
-        "mismatch/extreme_fraction": extreme_fraction(old_NS, rollout_NS, mask_NS),
-    }
-    return (None if weights is None else weights.batch["rollout_is_weights"]), metrics
+    assert weights is not None
+    return weights.batch["rollout_is_weights"]
 
 
 def _advantages(responses: Responses) -> Tensor:
@@ -179,22 +128,11 @@ def _advantages(responses: Responses) -> Tensor:
     return advantages_NS
 
 
-def _split_live(live_TLK: Tensor, like: list[RoutingTrace]) -> list[RoutingTrace]:
+def by_sequence(ids_TLK: Tensor, like: Traces) -> Traces:
     """The trainer's own routes of the old log-prob pass, one trace a sequence; every token was fed, none is missing."""
-    parts = live_TLK.numpy().astype(like[0].ids_TLK.dtype) if like else live_TLK.numpy()
+    parts = ids_TLK.numpy().astype(like[0].ids_TLK.dtype) if like else ids_TLK.numpy()
     bounds = np.cumsum([0, *(trace.num_tokens for trace in like)])
     return [
         RoutingTrace(parts[start:stop], np.ones(stop - start, dtype=bool), trace.num_experts, trace.layers)
         for trace, start, stop in zip(like, bounds[:-1], bounds[1:], strict=True)
     ]
-
-
-def join(traces: list[RoutingTrace]) -> tuple[Tensor, Tensor]:
-    """Ids int64 [T, L, K] and validity [T] of all traces, one after the other."""
-    whole = RoutingTrace.concatenate(traces)
-    return torch.from_numpy(whole.ids_TLK.astype("int64")), torch.from_numpy(whole.valid_T.copy())
-
-
-def prefixed(prefix: str, metrics: Metrics) -> Metrics:
-    """The metrics under `prefix/`."""
-    return {f"{prefix}/{key}": value for key, value in metrics.items()}

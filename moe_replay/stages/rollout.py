@@ -3,6 +3,7 @@
 Runs in the process of the rollout engine.
 """
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,37 +21,54 @@ if TYPE_CHECKING:
 
 
 def generate_rollouts(
-    engine: "RolloutEngine", progress: Progress, run: Run, iteration: int, policy: ArtifactRef
+    engine: "RolloutEngine",
+    progress: Progress,
+    run: Run,
+    iteration: int,
+    policy: ArtifactRef,
+    predictor: ArtifactRef | None = None,
 ) -> ArtifactRef:
     """Sample `rollout.responses` answers to each of `rollout.prompts` prompts, score and commit them.
 
+    A `predictor` is merged into the gates, so that the routes are the predicted ones (PR2).
+
     Raises:
         ConfigError: a prompt is too long, or nothing can score its source.
-        RoutingMismatch: the engine's routes can't be trusted.
+        RoutingMismatch: the engine's routes can't be trusted, or the predictor is of another model.
     """
     settings = run.config.rollout
-    writer = run.store().begin("rollout", iteration, {"policy": policy}, run.digest("rollout"))
+    inputs = {"policy": policy} | ({"predictor": predictor} if predictor else {})
+    writer = run.store().begin("rollout", iteration, inputs, run.digest("rollout"))
     prompts = run.train.open().draw(iteration, settings.prompts, run.seed("data"))
     groups = [group for group in range(len(prompts)) for _ in range(settings.responses)]
     requests = [
         Request(prompts[group].messages, run.seed("rollout", iteration, number)) for number, group in enumerate(groups)
     ]
-    load_policy(engine, run, policy)
+    load_policy(engine, run, policy, (predictor, iteration) if predictor else None)
     responses = engine.generate(requests, settings.temperature, progress)
     samples = [
         make_sample(number, group, prompts[group], response)
         for number, (group, response) in enumerate(zip(groups, responses, strict=True))
     ]
     write_samples(writer, samples)
-    return writer.commit(metrics=sample_metrics(samples), attributes=_origin(engine, run, policy))
+    metrics = sample_metrics(samples)
+    if engine.merge_fidelity is not None:
+        metrics["predictor/merge_fidelity"] = engine.merge_fidelity
+    return writer.commit(metrics=metrics, attributes=_origin(engine, run, policy))
 
 
-def load_policy(engine: "RolloutEngine", run: Run, ref: ArtifactRef) -> None:
-    """Have the engine hold the weights of `ref`; nothing is fetched when it does."""
-    if engine.weights == ref.sha256:
+def load_policy(
+    engine: "RolloutEngine", run: Run, ref: ArtifactRef, serving: tuple[ArtifactRef, int] | None = None
+) -> None:
+    """Have the engine hold the weights of `ref`, and merged into them no predictor but the one that is `serving`.
+
+    `serving` is a predictor and the iteration that it serves. Nothing is fetched when the engine holds both already.
+    """
+    if (engine.weights, engine.predictor_sha256) == (ref.sha256, serving[0].sha256 if serving else None):
         return
-    with run.policy(ref, with_optimizer=False) as policy:
-        engine.load(policy.folder / "huggingface" if policy.is_checkpoint else policy.folder, policy.sha256)
+    with run.policy(ref, with_optimizer=False) as policy, ExitStack() as stack:
+        merged = (stack.enter_context(run.predictor(*serving)), serving[0].sha256) if serving else None
+        engine.load(policy.model_folder, policy.sha256, merged)
 
 
 def make_sample(number: int, group: int, prompt: Prompt, response: Response) -> Sample:
@@ -88,7 +106,7 @@ def _origin(engine: "RolloutEngine", run: Run, policy: ArtifactRef) -> dict:
         "dtype": run.config.rollout.dtype,
         "weights_sha256": policy.sha256,
         "gates_sha256": engine.gates_sha256,
-        "predictor_sha256": None,
+        "predictor_sha256": engine.predictor_sha256,
         "num_experts": engine.num_experts,
         "top_k": engine.top_k,
         "layers": list(engine.layers),

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.commits import ArtifactRef
-from moe_replay.archive.layout import CHECKPOINT_FOLDER
+from moe_replay.archive.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTOR_FILE, RunLayout
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
-from moe_replay.errors import ConfigError
+from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.seeds import derive_seed
 
 _INITIAL = "model://initial"
@@ -21,7 +21,8 @@ _INITIAL = "model://initial"
 STAGE_SECTIONS = {
     "rollout": ("seed", "model", "data", "rollout"),
     "routes": ("storage",),
-    "training": ("seed", "model", "method", "rollout", "training"),
+    "training": ("seed", "model", "method", "rollout", "training", "evolution"),
+    "predictor": ("predictor",),
     "evaluation": ("seed", "model", "rollout", "evaluation"),
 }
 """The sections of the config that a stage's output depends on, besides its inputs."""
@@ -34,6 +35,11 @@ class Policy(NamedTuple):
     """A Hugging Face model, or a checkpoint of the training engine."""
     sha256: str
     is_checkpoint: bool
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the Hugging Face model lies, which both engines load."""
+        return self.folder / MODEL_FOLDER if self.is_checkpoint else self.folder
 
 
 class DataFile(BaseModel):
@@ -94,7 +100,9 @@ class Run(BaseModel):
     def is_complete(self) -> bool:
         """Whether the last iteration's stages are committed, so that no engine is needed."""
         last, store = self.config.iterations - 1, self.store()
-        needed = ["training", "evaluation"] if self.config.evaluates(last) else ["training"]
+        needed = ["training"]
+        needed += ["predictor"] if self.config.method.predictor else []
+        needed += ["evaluation"] if self.config.evaluates(last) else []
         return all(store.commit_of(stage, last) is not None for stage in needed)
 
     @property
@@ -108,10 +116,26 @@ class Run(BaseModel):
         if ref.uri == _INITIAL:
             yield Policy(self.model, ref.sha256, is_checkpoint=False)
             return
-        below = CHECKPOINT_FOLDER if with_optimizer else f"{CHECKPOINT_FOLDER}/huggingface"
+        below = CHECKPOINT_FOLDER if with_optimizer else f"{CHECKPOINT_FOLDER}/{MODEL_FOLDER}"
         with self.scratch() as folder:
             local = self.open(ref).localize(folder, below)
             yield Policy(local / CHECKPOINT_FOLDER, ref.sha256, is_checkpoint=True)
+
+    @contextmanager
+    def predictor(self, ref: ArtifactRef, iteration: int) -> Iterator[Path]:
+        """The predictor to serve an iteration with, a verified file on local disk for as long as it is being read.
+
+        Raises RoutingMismatch unless it is the one that this run fitted in the iteration before.
+        """
+        if RunLayout.place_of(ref.uri) != (iteration - 1, "predictor"):
+            raise RoutingMismatch(
+                f"iteration {iteration} is served by the predictor that iteration {iteration - 1} of run {self.run_id} "
+                f"fitted, got {ref.uri}; a staler one foretells little, and one of another run nothing: give that one"
+            )
+        with self.scratch() as folder:
+            file = folder / PREDICTOR_FILE
+            file.write_bytes(self.open(ref).read_bytes(PREDICTOR_FILE))
+            yield file
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -9,24 +9,22 @@ import json
 import numpy as np
 import torch
 
+from moe_replay.archive.artifacts import StageWriter
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import CHECKPOINT_FOLDER
+from moe_replay.archive.log_probs import write_log_probs
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.config import RunConfig
 from moe_replay.engines.process import Progress
-from moe_replay.engines.training import TrainingEngine
+from moe_replay.engines.training import Pass, TrainingEngine
 from moe_replay.errors import ReplayError
-from moe_replay.routing.metrics import agreement_metrics, policy_health
-from moe_replay.stages.old_log_probs import (
-    Batch,
-    Metrics,
-    Responses,
-    Traces,
-    captured_routes,
-    join,
-    old_log_prob_pass,
-    prefixed,
-)
+from moe_replay.routing.metrics import policy_health
+from moe_replay.routing.predictor import EvolutionPredictor
+from moe_replay.routing.statistics import ROUTING_FILE
+from moe_replay.stages.evolution import EvolutionRecorder, Positions
+from moe_replay.stages.old_log_probs import Batch, captured_routes, old_log_prob_pass
+from moe_replay.stages.responses import Responses
+from moe_replay.stages.route_observation import Metrics, RouteObservation, Traces
 from moe_replay.stages.run import Run
 from moe_replay.stages.samples import read_answers
 
@@ -39,14 +37,18 @@ def train_replayed(
     policy: ArtifactRef,
     rollout: ArtifactRef,
     routes: ArtifactRef,
+    predictor: ArtifactRef | None = None,
 ) -> ArtifactRef:
-    """Take the iteration's κ optimizer steps from `policy` and commit checkpoint and metrics.
+    """Take the iteration's κ optimizer steps from `policy` and commit checkpoint, evolution and metrics.
+
+    `predictor` is given where the method predicts the routes of the old log-prob pass.
 
     Raises:
-        RoutingMismatch: the routes are not those of the rollout's tokens or of this model.
+        RoutingMismatch: the routes or the predictor are not those of the rollout's tokens or of this model.
         ArchiveCorrupt: an input is not as committed.
     """
     inputs = {"policy": policy, "rollout": rollout, "routes": routes}
+    inputs |= {"predictor": predictor} if predictor else {}
     writer = run.store().begin("training", iteration, inputs, run.digest("training"))
     torch.manual_seed(run.seed("training", iteration))
     if engine.weights != policy.sha256:
@@ -57,22 +59,36 @@ def train_replayed(
     archive.require_model(engine.num_experts, engine.top_k, engine.layers)
     archive.require_rollout(rollout)
     archive.require_tokens(responses.digests)
-    batch, metrics = old_log_prob_pass(engine, run.config, responses, archive)
-    steps = _mini_steps(engine, run.config, batch, archive, progress)
-    metrics |= _summarize(steps)
+    observation = RouteObservation(engine.layers, engine.num_experts)
+    recorder = None
+    if run.config.records_evolution:
+        seed = run.seed("evolution", iteration)
+        recorder = EvolutionRecorder(writer, engine, run.config, responses, archive, policy.sha256, seed)
+    predicted = None
+    if predictor:
+        with run.predictor(predictor, iteration) as file:
+            predicted = EvolutionPredictor.load(file)
+        predicted.require_model(engine.num_experts, engine.hidden_size, engine.layers)
+    batch, metrics = old_log_prob_pass(engine, run.config, responses, archive, observation, recorder, predicted)
+    steps = _mini_steps(engine, run.config, batch, archive, observation, recorder, progress)
+    metrics |= observation.metrics() | _summarize(steps)
     _require_finite(metrics)
-    with run.scratch() as folder:
-        engine.save(folder)
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            writer.put_file(f"{CHECKPOINT_FOLDER}/{file.relative_to(folder).as_posix()}", file)
-    writer.write_bytes("metrics.json", json.dumps({"mini_steps": steps}, sort_keys=True, indent=2).encode())
+    _write(writer, run, engine, batch, observation, steps)
+    if recorder:
+        recorder.close()
     ref = writer.commit(metrics=metrics, attributes={"method": run.config.method.label})
     engine.weights = ref.sha256
     return ref
 
 
 def _mini_steps(
-    engine: TrainingEngine, config: RunConfig, batch: Batch, archive: RouteArchive, progress: Progress
+    engine: TrainingEngine,
+    config: RunConfig,
+    batch: Batch,
+    archive: RouteArchive,
+    observation: RouteObservation,
+    recorder: EvolutionRecorder | None,
+    progress: Progress,
 ) -> list[Metrics]:
     """The optimizer steps of the iteration, each on its mini-batch, and what each saw."""
     number = config.training.mini_steps
@@ -80,12 +96,23 @@ def _mini_steps(
     # Without replay the reference is what served the token at rollout, as in PR2's comparison of GRPO.
     references = iter(batch.own) if batch.own is not None else captured_routes(engine, archive, parts)
     for part, reference in zip(parts, references, strict=True):
-        steps.append(_mini_step(engine, config, batch, part, reference))
-        progress(len(steps), number, "mini-steps")
+        step = len(steps) + 1
+        seen, metrics = _mini_step(engine, config, batch, part, reference, recorder.sampled(step) if recorder else None)
+        steps.append(metrics | observation.add_mini_step(reference, seen))
+        if recorder:
+            recorder.after(step, seen)
+        progress(step, number, "mini-steps")
     return steps
 
 
-def _mini_step(engine: TrainingEngine, config: RunConfig, batch: Batch, part: slice, reference: Traces) -> Metrics:
+def _mini_step(
+    engine: TrainingEngine,
+    config: RunConfig,
+    batch: Batch,
+    part: slice,
+    reference: Traces,
+    sampled: Positions | None,
+) -> tuple[Pass, Metrics]:
     """One optimizer step on a part of the batch, measured before it changes the weights."""
     replays = config.method.route_source != "none"
     seen = engine.step(
@@ -96,6 +123,8 @@ def _mini_step(engine: TrainingEngine, config: RunConfig, batch: Batch, part: sl
         batch.importance_NS[part] if batch.importance_NS is not None else None,
         config.method,
         config.rollout.temperature,
+        reference=reference,
+        sampled=sampled,
     )
     width = seen.log_probs_NS.shape[1]
     health = policy_health(
@@ -106,11 +135,27 @@ def _mini_step(engine: TrainingEngine, config: RunConfig, batch: Batch, part: sl
         (config.method.clip_low, config.method.clip_high),
         whole_sequences=config.method.policy_loss == "gspo",
     )
-    ids_TLK, valid_T = join(reference)
-    return {
-        **prefixed("policy", {**health, "loss": seen.loss, "grad_norm": seen.grad_norm}),
-        **prefixed("routing", agreement_metrics(ids_TLK[valid_T], seen.live_TLK[valid_T].long())),
-    }
+    return seen, {**health, "policy/loss": seen.loss, "policy/grad_norm": seen.grad_norm}
+
+
+def _write(
+    writer: StageWriter,
+    run: Run,
+    engine: TrainingEngine,
+    batch: Batch,
+    observation: RouteObservation,
+    steps: list[Metrics],
+) -> None:
+    """The next policy, and what was seen on the way to it."""
+    with run.scratch() as folder:
+        engine.save(folder)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            writer.put_file(f"{CHECKPOINT_FOLDER}/{file.relative_to(folder).as_posix()}", file)
+    writer.write_bytes("metrics.json", json.dumps({"mini_steps": steps}, sort_keys=True, indent=2).encode())
+    writer.write_bytes(ROUTING_FILE, observation.statistics().model_dump_json().encode())
+    batch_of = batch.responses
+    rollout, old = (batch_of.of_tokens(values_NS) for values_NS in (batch_of.rollout_NS, batch.old_NS))
+    write_log_probs(writer, batch_of.sequence_ids, rollout, old)
 
 
 def _summarize(steps: list[Metrics]) -> Metrics:
