@@ -1,4 +1,6 @@
-"""The training loop: rollout, routing archive, replayed training, evaluation; again."""
+"""The training loop: rollout, routing archive, replayed training, predictor fitting, evaluation; again."""
+
+from typing import NamedTuple
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -6,11 +8,22 @@ from prefect.runtime import flow_run
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig
 from moe_replay.stages.run import Run
+from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
 from tasks.preparation import prepare_run
 from tasks.reporting import report_results
-from tasks.stages import archive_routes, configured, evaluate_policy, generate_rollouts, train_replayed
+from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts, train_replayed
 from tasks.tracking import close_tracking, open_tracking, track_iteration
+
+
+class Learned(NamedTuple):
+    """What one iteration hands to the next."""
+
+    policy: ArtifactRef
+    predictor: ArtifactRef | None = None
+    """Of the routers of `policy`; none before the first fit, and under methods without one."""
+    trainings: tuple[ArtifactRef, ...] = ()
+    """Newest first, as many as a predictor is fitted from."""
 
 
 @flow(name="train", flow_run_name="train-{run_id}", persist_result=False)
@@ -28,11 +41,13 @@ def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[st
         tracked = open_tracking(run)
         succeeded = False
         try:
-            policy, results = run.initial_policy, []
-            for n in range(config.iterations):
-                policy, metrics = iterate(run, n, policy, tracked)
-                results.append(metrics)
-                report_results(run, results)
+            learned, results = Learned(run.initial_policy), []
+            with refreshing_dashboard(run, tracked) as refresh:
+                for n in range(config.iterations):
+                    learned, metrics = iterate(run, n, learned, tracked)
+                    results.append(metrics)
+                    report_results(run, results)
+                    refresh()
             succeeded = True
         finally:
             close_tracking(run, tracked, succeeded)
@@ -40,12 +55,19 @@ def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[st
 
 
 @flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)
-def iterate(run: Run, n: int, policy: ArtifactRef, tracked: str) -> tuple[ArtifactRef, dict[str, float]]:
-    """Roll out, archive the routes, train under them, evaluate. Returns the next policy and the metrics."""
-    stages = run.config.stages
-    rollout = configured(generate_rollouts, stages)(run, n, policy)
+def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, dict[str, float]]:
+    """Roll out, archive the routes, train under them, fit the predictor, evaluate; returns also the metrics."""
+    stages, method = run.config.stages, run.config.method
+    # The pass whose routes are replayed is the one that is predicted.
+    at_rollout = before.predictor if method.route_source == "rollout" else None
+    at_old_pass = before.predictor if method.route_source == "old_log_prob" else None
+
+    rollout = configured(generate_rollouts, stages)(run, n, before.policy, at_rollout)
     routes = configured(archive_routes, stages)(run, n, rollout)
-    policy = configured(train_replayed, stages)(run, n, policy, rollout, routes)
+    policy = configured(train_replayed, stages)(run, n, before.policy, rollout, routes, at_old_pass)
+    predictor, trainings = None, (policy, *before.trainings)[: run.config.predictor.window]
+    if method.predictor:
+        predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
     if run.config.evaluates(n):
         configured(evaluate_policy, stages)(run, n, policy)
-    return policy, track_iteration(run, tracked, n)
+    return Learned(policy, predictor, trainings), track_iteration(run, tracked, n)

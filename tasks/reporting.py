@@ -11,8 +11,8 @@ from prefect.logging.handlers import APILogHandler
 from moe_replay.stages.run import Run
 from tasks.progress import artifact_key
 
-ResultListener = Callable[[int, dict[str, float]], None]
-"""Called with (iteration, its metrics)."""
+ResultListener = Callable[[str, int, dict[str, float]], None]
+"""Called with (run id, iteration, its metrics)."""
 HEADLINES = ("reward/mean", "mismatch/kl_k3", "mismatch/extreme_fraction", "routing/agreement")
 """The metrics that tell at a glance how a run fares; evaluation's are added."""
 
@@ -40,7 +40,7 @@ def report_results(run: Run, results: list[dict[str, float]]) -> None:
     """Tell listeners and the log of the newest iteration, and refresh the run's table in the Prefect UI."""
     newest = len(results) - 1
     for listener in _listeners:
-        listener(newest, results[newest])
+        listener(run.run_id, newest, results[newest])
     told = ", ".join(f"{name} {value:.4g}" for name, value in headlines(results[newest]).items())
     get_run_logger().info("iteration %d: %s", newest, told)
     rows = [{"iteration": n, **headlines(result)} for n, result in enumerate(results)]

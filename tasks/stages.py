@@ -26,9 +26,12 @@ def configured(stage: Task[..., ArtifactRef], settings: StagesConfig) -> Task[..
 
 
 @task(name="rollout", task_run_name="rollout-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
-def generate_rollouts(run: Run, iteration: int, policy: ArtifactRef) -> ArtifactRef:
-    """Sample responses with vLLM, score them, and keep their log-probs and routes."""
-    return _on_engine(run, "rollout", iteration, {"policy": policy}, "rollout", "rollout:generate_rollouts")
+def generate_rollouts(
+    run: Run, iteration: int, policy: ArtifactRef, predictor: ArtifactRef | None = None
+) -> ArtifactRef:
+    """Sample responses with vLLM, score them, and keep their log-probs and routes; under a predictor's, where given."""
+    inputs = {"policy": policy} | _given("predictor", predictor)
+    return _on_engine(run, "rollout", iteration, inputs, "rollout", "rollout:generate_rollouts")
 
 
 @task(name="routes", task_run_name="routes-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
@@ -43,17 +46,43 @@ def archive_routes(run: Run, iteration: int, rollout: ArtifactRef) -> ArtifactRe
 
 @task(name="training", task_run_name="training-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
 def train_replayed(
-    run: Run, iteration: int, policy: ArtifactRef, rollout: ArtifactRef, routes: ArtifactRef
+    run: Run,
+    iteration: int,
+    policy: ArtifactRef,
+    rollout: ArtifactRef,
+    routes: ArtifactRef,
+    predictor: ArtifactRef | None = None,
 ) -> ArtifactRef:
-    """Take the mini-steps with verl under the method's routes, and write the next policy."""
-    inputs = {"policy": policy, "rollout": rollout, "routes": routes}
+    """Take the mini-steps with verl under the method's routes, and write the next policy and router evolution."""
+    inputs = {"policy": policy, "rollout": rollout, "routes": routes} | _given("predictor", predictor)
     return _on_engine(run, "training", iteration, inputs, "training", "training:train_replayed")
+
+
+@task(name="predictor", task_run_name="predictor-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
+def fit_predictor(
+    run: Run, iteration: int, trainings: tuple[ArtifactRef, ...], previous: ArtifactRef | None
+) -> ArtifactRef:
+    """Fit the routers' evolution predictors from the evolution that `trainings`, newest first, recorded."""
+    # Apart from the engines: it needs torch alone, and no weights.
+    from moe_replay.stages import predictor
+
+    return _unless_committed(
+        run,
+        "predictor",
+        iteration,
+        predictor.inputs_of(trainings, previous),
+        lambda: predictor.fit_predictor(run, iteration, trainings, previous),
+    )
 
 
 @task(name="evaluation", task_run_name="evaluation-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
 def evaluate_policy(run: Run, iteration: int, policy: ArtifactRef) -> ArtifactRef:
     """Score a policy on the benchmarks with vLLM."""
     return _on_engine(run, "evaluation", iteration, {"policy": policy}, "rollout", "evaluation:evaluate_policy")
+
+
+def _given(name: str, ref: ArtifactRef | None) -> dict[str, ArtifactRef]:
+    return {name: ref} if ref is not None else {}
 
 
 def _on_engine(

@@ -13,15 +13,19 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from moe_replay.config import RunConfig
+from moe_replay.config import RunConfig, home_folder
+from moe_replay.dotted import dotted
 from moe_replay.errors import TrackingUnavailable
 from moe_replay.preparation import package_versions
-from moe_replay.stages.results import iteration_metrics
+from moe_replay.reports.results import iteration_metrics
 from moe_replay.stages.run import Run
 from tasks.retry import is_transient
 
 RUN_KEY = "moe_replay.run"
 """Tag by which a training run finds its MLflow run again."""
+_REPORT_OF = "moe_replay.report_of"
+COMPARISON = "comparison"
+"""Tag that the runs of one comparison share."""
 _ITERATIONS = "moe_replay.iterations_logged"
 _SETTINGS_LOGGED = "moe_replay.settings_logged"
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_DOES_NOT_EXIST"}
@@ -57,8 +61,8 @@ def open_tracking(run: Run) -> str:
     """The id of the training run's MLflow run, which is created the first time and continued after."""
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-    client = _client(run)
-    experiment_id = _experiment(client, run)
+    client = _client(run.home)
+    experiment_id = _experiment(client, run.config, run.home)
     key = _key(run)
     found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
     if found:
@@ -75,6 +79,7 @@ def open_tracking(run: Run) -> str:
         "model": config.model.path,
         "kappa": str(config.training.mini_steps),
         "seed": str(config.seed),
+        **({COMPARISON: config.tracking.comparison} if config.tracking.comparison else {}),
         _ITERATIONS: "0",
         MLFLOW_RUN_NOTE: f"Artifacts of this run: `{run.store().name}`. Look with `moe-replay status {run.run_id}`.",
     }
@@ -97,7 +102,7 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
     from mlflow.entities import Metric, RunTag
 
     metrics = iteration_metrics(run.store(), iteration)
-    client = _client(run)
+    client = _client(run.home)
     logged = int(client.get_run(mlflow_run_id).data.tags.get(_ITERATIONS, "0"))
     if iteration >= logged:
         moment = _milliseconds(run, iteration)
@@ -109,11 +114,30 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
     return metrics
 
 
+@_translated()
+def file_figures(run: Run, mlflow_run_id: str, folder: Path) -> None:
+    """File what lies in `folder` with the run, in the place of earlier files of these names."""
+    _client(run.home).log_artifacts(mlflow_run_id, str(folder), "figures")
+
+
+@_translated()
+def file_report(config: RunConfig, comparison: str, folder: Path) -> None:
+    """File a comparison's report as an MLflow run of its own, which carries the tag of the runs that it compares."""
+    client = _client(home_folder())
+    experiment_id = _experiment(client, config, home_folder())
+    wanted = f"tags.`{_REPORT_OF}` = '{comparison}'"
+    found = client.search_runs([experiment_id], wanted, max_results=1)
+    tags = {COMPARISON: comparison, _REPORT_OF: comparison}
+    run_id = found[0].info.run_id if found else client.create_run(experiment_id, None, tags, comparison).info.run_id
+    client.log_artifacts(run_id, str(folder))
+    client.set_terminated(run_id, "FINISHED")
+
+
 @task(name="close tracking", cache_policy=NO_CACHE)
 def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
     """Mark the MLflow run finished or failed; what MLflow raises is only logged, the run itself has ended."""
     try:
-        _client(run).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
+        _client(run.home).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
     except Exception as error:
         get_run_logger().warning("MLflow run %s could not be closed (%s)", mlflow_run_id, type(error).__name__)
 
@@ -130,22 +154,22 @@ def _milliseconds(run: Run, iteration: int) -> int:
     return int(max(finished).timestamp() * 1000) if finished else 0
 
 
-def _client(run: Run) -> Any:
+def _client(home: Path) -> Any:
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri(run.home))
+    return MlflowClient(tracking_uri(home))
 
 
-def _experiment(client: Any, run: Run) -> str:
+def _experiment(client: Any, config: RunConfig, home: Path) -> str:
     from mlflow.exceptions import MlflowException
 
-    name = run.config.tracking.experiment
+    name = config.tracking.experiment
     if experiment := client.get_experiment_by_name(name):
         return experiment.experiment_id
     # A tracking server knows where its artifacts go; a bare database would put them under the working folder.
     local = not os.environ.get("MLFLOW_TRACKING_URI")
     try:
-        artifacts = (run.home / "mlflow-artifacts").as_uri() if local else None
+        artifacts = (home / "mlflow-artifacts").as_uri() if local else None
         return client.create_experiment(name, artifacts, tags=_SHOWN_AS_TRAINING)
     except MlflowException:
         # Another run created it in between.
@@ -155,15 +179,8 @@ def _experiment(client: Any, run: Run) -> str:
 def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
     from mlflow.entities import Param
 
-    settings = _flatten(config.model_dump(mode="json"))
+    settings = dotted(config.model_dump(mode="json"))
     versions = {f"version.{name}": number for name, number in package_versions().items()}
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in (settings | versions).items()])
     client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
     client.set_tag(run_id, _SETTINGS_LOGGED, "true")
-
-
-def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -12,11 +12,16 @@ from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.archive import inspect, verify
+from moe_replay.cli.compare import compare
 from moe_replay.cli.console import Json, Root, err, root_of
 from moe_replay.cli.console import out as console
+from moe_replay.cli.counterfactual import counterfactual
+from moe_replay.cli.dashboard import dashboard
 from moe_replay.cli.diff import diff
 from moe_replay.cli.exchange import export, import_
 from moe_replay.cli.gc import gc
+from moe_replay.cli.load import load
+from moe_replay.cli.predictor import fit, report
 from moe_replay.cli.training import resume, run
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, ReplayError
@@ -27,16 +32,24 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` ends what an interrupt leaves
 )
 archive = App(name="archive", help="Look into routing archives, compare and exchange them, and remove what has served.")
+predictor = App(name="predictor", help="Fit evolution predictors again from what a run stored; show what they gain.")
 data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
+app.command(compare)
+app.command(counterfactual)
+app.command(dashboard)
 app.command(archive)
 archive.command(inspect)
 archive.command(verify)
 archive.command(diff)
+archive.command(load)
 archive.command(export)
 archive.command(import_, name="import")
 archive.command(gc)
+app.command(predictor)
+predictor.command(fit)
+predictor.command(report)
 app.command(data)
 
 
@@ -65,9 +78,9 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
         The run.
     """
     store = RunStore(root_of(root), run_id)
-    store.read_run()
+    method = store.read_run().get("config", {}).get("method", {})
     stages = [stage for iteration in store.iterations() for stage in store.status(iteration)]
-    stages = [stage for stage in stages if stage.stage != "predictor"]
+    stages = [stage for stage in stages if stage.stage != "predictor" or method.get("predictor")]
     if json_:
         rows = [
             {

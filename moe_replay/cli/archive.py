@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.artifacts import Artifact, RunStore
+from moe_replay.archive.evolution import has_evolution, verify_evolution
 from moe_replay.archive.layout import STAGES
 from moe_replay.archive.routes import RouteArchive, verify_routes
 from moe_replay.cli.console import Json, Root, out, root_of
@@ -95,8 +96,9 @@ def open_archive(store: RunStore, iteration: int | None) -> RouteArchive:
 
 
 def _problems(artifact: Artifact) -> list[str]:
-    readable = artifact.commit.stage == "routes" and artifact.expiry is None
-    return verify_routes(artifact) if readable else artifact.problems()
+    if artifact.commit.stage == "routes" and artifact.expiry is None:
+        return verify_routes(artifact)
+    return verify_evolution(artifact) if has_evolution(artifact) else artifact.problems()
 
 
 def _removed(artifact: Artifact) -> list[str]:

@@ -6,13 +6,14 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from moe_replay.analysis.agreement_figure import draw_agreement
 from moe_replay.analysis.comparison import compare_routes
 from moe_replay.analysis.differences import Comparison
-from moe_replay.analysis.figures import check_figure, draw_agreement
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
+from moe_replay.drawing import check_figure
 from moe_replay.errors import ConfigError
 from moe_replay.stages.samples import read_answers
 

@@ -35,7 +35,7 @@ def run(
     config
         A TOML file; by default the embedded model and task.
     method
-        grpo, gspo, tis, r2 or r3.
+        grpo, gspo, tis, r2, r3 or pr2.
     iterations
         Rollout-and-train cycles.
     run_id
@@ -80,7 +80,7 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
         done = _run_flow(config, run_id, err if as_json else out, wait_for_prefect)
     store = RunStore(done["root"], run_id)
     if as_json:
-        from moe_replay.stages.results import iteration_metrics
+        from moe_replay.reports.results import iteration_metrics
 
         print(json.dumps({**done, "iterations": [iteration_metrics(store, n) for n in range(config.iterations)]}))
         return
