@@ -108,7 +108,7 @@ def sample(number: int) -> Sample:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["run"], ["resume"], ["status"], ["archive"], ["archive", "inspect"], ["archive", "verify"], ["data"], ["ui"]],
+    [[], ["run"], ["compare"], ["counterfactual"], ["archive", "load"], ["predictor", "fit"], ["data"]],
     ids=lambda words: " ".join(words) or "moe-replay",
 )
 def test_help_of_every_command(command, words):
@@ -121,7 +121,7 @@ def test_help_of_every_command(command, words):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--method", "r9"], "unknown method 'r9': known are grpo, gspo, tis, r2, r3"),
+        (["--method", "r9"], "unknown method 'r9': known are grpo, gspo, tis, r2, r3, pr2"),
         (["--set", "rollout.prompt=3"], "unknown config key 'rollout.prompt': did you mean 'prompts'?"),
         (["--set", "rollout.prompts"], "is not key=value"),
         (["--set", "training.mini_steps=3"], "training.mini_steps = 3 does not divide"),

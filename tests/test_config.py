@@ -148,7 +148,7 @@ def test_a_setting_is_a_finite_number(value):
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown method 'r4': known are grpo, gspo, tis, r2, r3"):
+    with pytest.raises(ConfigError, match="unknown method 'r4': known are grpo, gspo, tis, r2, r3, pr2"):
         parse_config({"method": "r4"})
 
 
@@ -201,6 +201,25 @@ def test_the_root_defaults_to_a_folder_below_home(monkeypatch, tmp_path):
     assert run_root(load_config(None, {"storage.root": "s3://bucket/runs"})) == "s3://bucket/runs"
 
 
+def test_pr2_is_r3_with_a_predictor_and_its_authors_variant_one_setting_away():
+    r3, pr2 = (load_config(None, {"method": name}).method.model_dump() for name in ("r3", "pr2"))
+    assert {key for key in r3 if r3[key] != pr2[key]} == {"name", "predictor"}
+    released = load_config(None, {"method": "pr2", "method.route_source": "old_log_prob"}).method
+    assert released.label == "pr2+route_source=old_log_prob"
+
+
+def test_a_predictor_without_replay_is_refused():
+    with pytest.raises(ConfigError, match="predictor = true predicts the routes that training replays"):
+        load_config(None, {"method": "grpo", "method.predictor": True})
+
+
+@pytest.mark.parametrize("wants_it", [{"method": "pr2"}, {"method": "r3", "evolution.record": True}], ids=str)
+def test_one_mini_step_has_no_evolution_to_record(wants_it):
+    with pytest.raises(ConfigError, match=r"training\.mini_steps = 1, and router evolution is what mini-steps 2 to κ"):
+        load_config(None, {**wants_it, "training.mini_steps": 1})
+    assert load_config(None, {**wants_it, "training.mini_steps": 2}).records_evolution
+
+
 @pytest.mark.parametrize("stage", STAGE_SECTIONS)
 @pytest.mark.parametrize(
     "change",
@@ -217,6 +236,8 @@ def test_what_a_stage_makes_does_not_depend_on_where_how_long_or_how_it_is_track
         ({"seed": 1}, {"rollout", "training", "evaluation"}),
         ({"method": "r2"}, {"training"}),
         ({"training.learning_rate": 1e-5}, {"training"}),
+        ({"evolution.tokens": 16}, {"training"}),
+        ({"predictor.ridge": 1.0}, {"predictor"}),
         ({"evaluation.samples": 2}, {"evaluation"}),
         ({"storage.chunk_tokens": 64}, {"routes"}),
         ({"rollout.temperature": 0.7}, {"rollout", "training", "evaluation"}),
@@ -229,6 +250,10 @@ def test_a_setting_changes_the_digest_of_the_stages_that_use_it(change, stages):
         stage for stage, parts in STAGE_SECTIONS.items() if changed.digest(*parts) != RunConfig().digest(*parts)
     }
     assert different == stages
+
+
+def test_a_key_at_its_default_leaves_the_digest_as_it_was_before_the_key_was_known():
+    assert load_config(None, {"predictor.memory": 0.9}).digest("predictor") == RunConfig().digest("predictor")
 
 
 def test_a_config_is_read_back_from_run_json_as_it_was():

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_replay.analysis import comparison
+from moe_replay.analysis.agreement_figure import draw_agreement
 from moe_replay.analysis.comparison import compare_routes
 from moe_replay.analysis.differences import WORST
-from moe_replay.analysis.figures import draw_agreement
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive, token_digest, write_routes
 from moe_replay.errors import ConfigError, RoutingMismatch
@@ -220,5 +220,5 @@ def test_the_heat_map_is_a_png_that_can_be_read(tmp_path):
 
 def test_a_figure_that_cant_be_written_is_told(tmp_path):
     found = compare_routes(archive_of(SEQUENCES), archive_of(SEQUENCES))
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         draw_agreement(found, tmp_path / "nowhere" / "diff.png")

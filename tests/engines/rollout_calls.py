@@ -1,8 +1,11 @@
 """What tests have vLLM do beside its engine's own methods; imported by name in its process."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moe_replay.config import RolloutConfig
 from moe_replay.engines.process import Progress
@@ -25,9 +28,60 @@ def generate(
     return engine.generate(requests, temperature, progress)
 
 
-def load(engine: "RolloutEngine", progress: Progress, folder: Path, weights: str) -> str | None:
-    engine.load(folder, weights)
+def load(
+    engine: "RolloutEngine", progress: Progress, folder: Path, weights: str, predictor: tuple[Path, str] | None = None
+) -> str | None:
+    engine.load(folder, weights, predictor)
     return engine.weights
+
+
+def held(engine: "RolloutEngine", progress: Progress) -> tuple[str | None, str | None, str | None, float | None]:
+    """(Weights, predictor, digest of the checkpoint's gates, merge fidelity)."""
+    return engine.weights, engine.predictor_sha256, engine.gates_sha256, engine.merge_fidelity
+
+
+def route(engine: "RolloutEngine", progress: Progress, layer: int, hidden_TH: np.ndarray) -> tuple[str, np.ndarray]:
+    """Dtype and values of the logits [T, E] that the router of a decoder layer gives to hidden states."""
+    import torch
+
+    from moe_replay.engines.vllm_gates import router_modules
+
+    def logits(model: torch.nn.Module) -> tuple[str, np.ndarray]:
+        dtype = getattr(torch, engine.config.dtype)
+        output: torch.Tensor = router_modules(model)[layer](torch.from_numpy(hidden_TH).to(dtype))[0]
+        return str(output.dtype), output.float().numpy()
+
+    return engine._llm.apply_model(logits)[0]
+
+
+def widen_another(engine: "RolloutEngine", progress: Progress) -> None:
+    """Widen the routers of the engine's model as if those of layer 2 were of a kind that isn't known."""
+    import torch
+
+    from moe_replay.engines.vllm_gates import router_modules, widen_routers
+
+    def widen(model: torch.nn.Module) -> None:
+        router: Any = router_modules(model)[2]
+        kind, router.__class__ = type(router), type("Other", (type(router),), {})
+        precision, router.params_dtype = router.params_dtype, torch.bfloat16
+        try:
+            widen_routers(model)
+        finally:
+            router.__class__, router.params_dtype = kind, precision
+
+    engine._llm.apply_model(widen)
+
+
+def in_bfloat16(engine: "RolloutEngine", progress: Progress, model: Path, function: str, *args: Any) -> Any:
+    """Run another function of this file on a second engine of this process: bfloat16, its routers in float32."""
+    return globals()[function](_engine_in_bfloat16(model, engine.config), progress, *args)
+
+
+@cache
+def _engine_in_bfloat16(model: Path, config: RolloutConfig) -> "RolloutEngine":
+    from moe_replay.engines.rollout import RolloutEngine
+
+    return RolloutEngine(model, "first", config.model_copy(update={"dtype": "bfloat16", "gate_dtype": "float32"}))
 
 
 def build_silent(model: Path, weights: str, config: RolloutConfig) -> "RolloutEngine":

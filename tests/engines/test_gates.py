@@ -2,7 +2,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_replay.engines.gates import digest_gates
+from moe_replay.engines.gates import digest_gates, place_of, router_matrices
+from moe_replay.errors import RoutingMismatch
 
 
 def router(layer, prefix="model.layers", seed=0):
@@ -51,3 +52,30 @@ def test_experts_and_layers_that_draft_tokens_do_not_count(tmp_path):
 def test_a_digest_that_would_not_be_of_all_routers_is_none(tmp_path):
     assert digest(tmp_path / "fewer", router(1)) is None
     assert digest(tmp_path / "twice", {**router(1), **router(2)}, {f"x.{k}": v for k, v in router(1).items()}) is None
+
+
+def test_a_tensor_is_of_a_router_by_its_layer_and_name():
+    assert place_of("model.layers.7.mlp.gate.weight") == (7, "weight")
+    assert place_of("model.language_model.layers.0.block_sparse_moe.router.layer.weight") == (0, "layer.weight")
+    assert place_of("model.layers.7.mlp.gate") == (7, "")
+    for other in ("model.layers.7.mlp.gate_proj.weight", "gate.weight", "mtp.layers.0.mlp.gate.weight"):
+        assert place_of(other) is None
+
+
+@pytest.mark.parametrize("part", ["weight", "layer.weight"])
+def test_the_weight_of_a_router_is_its_one_matrix(tmp_path, part):
+    named = {name.replace("gate.weight", f"gate.{part}"): tensor for name, tensor in {**router(1), **router(2)}.items()}
+    save_file({**named, **experts(1)}, tmp_path / "model.safetensors")
+    found = router_matrices(tmp_path, [1, 2])
+    assert {layer: (matrix.part, matrix.shape) for layer, matrix in found.items()} == dict.fromkeys(
+        (1, 2), (part, (8, 4))
+    )
+
+
+def test_a_router_of_no_or_several_or_quantised_matrices_is_refused(tmp_path):
+    quantised = torch.zeros(8, 4, dtype=torch.float8_e4m3fn)
+    several = {"model.layers.1.mlp.router.a.weight": torch.ones(8, 4)}
+    for tensors, number in ((experts(1), 0), ({"layers.1.gate.weight": quantised}, 0), ({**router(1), **several}, 2)):
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(RoutingMismatch, match=rf"decoder layer 1 in .* has {number} "):
+            router_matrices(tmp_path, [1])

@@ -1,7 +1,7 @@
 """What tests have verl do; imported by name in its process. Tensors travel as numpy."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,26 @@ class Batch:
 
 @dataclass(frozen=True)
 class Seen:
-    """A `Pass` in numpy, its routes split by sequence."""
+    """A `Pass` in numpy, split by sequence."""
 
     log_probs: list[np.ndarray]
     entropy: list[np.ndarray]  # empty for a step, which computes none
     live: list[np.ndarray]
     loss: float
     grad_norm: float
+    coverage_gap: list[np.ndarray] = field(default_factory=list)
+    hidden_SLH: np.ndarray | None = None  # of all sequences
+    logits_SLE: np.ndarray | None = None
+    routed: list[np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a pass is asked for beyond log-probs and live routes."""
+
+    reference: list[RoutingTrace] | None = None
+    sampled: list[np.ndarray] | None = None
+    predictor: dict[int, np.ndarray] | None = None  # of a scoring pass
 
 
 class Bench:
@@ -97,15 +110,27 @@ def save(bench: Bench, progress: Progress, folder: Path) -> None:
     bench.held.save(folder)
 
 
-def score(bench: Bench, progress: Progress, batch: Batch, routes: list[RoutingTrace] | None) -> Seen:
-    return _seen(bench.held.score(_sequences(batch), routes, bench.config.rollout.temperature), batch)
+def score(
+    bench: Bench, progress: Progress, batch: Batch, routes: list[RoutingTrace] | None, asked: Asked | None = None
+) -> Seen:
+    asked = asked or Asked()
+    predictor = asked.predictor and {layer: torch.from_numpy(weight) for layer, weight in asked.predictor.items()}
+    given = (bench.config.rollout.temperature, asked.reference, asked.sampled, predictor)
+    return _seen(bench.held.score(_sequences(batch), routes, *given), batch)
 
 
-def step(bench: Bench, progress: Progress, batch: Batch, routes: list[RoutingTrace] | None) -> Seen:
+def step(
+    bench: Bench, progress: Progress, batch: Batch, routes: list[RoutingTrace] | None, asked: Asked | None = None
+) -> Seen:
+    asked = asked or Asked()
     importance = None if batch.importance_NS is None else torch.from_numpy(batch.importance_NS)
     old, advantages = torch.from_numpy(batch.old_NS), torch.from_numpy(batch.advantages_NS)
-    settings = (bench.config.method, bench.config.rollout.temperature)
+    settings = (bench.config.method, bench.config.rollout.temperature, asked.reference, asked.sampled)
     return _seen(bench.held.step(_sequences(batch), routes, old, advantages, importance, *settings), batch)
+
+
+def hidden_size(bench: Bench, progress: Progress) -> int:
+    return bench.held.hidden_size
 
 
 def name_of_weights(bench: Bench, progress: Progress) -> str | None:
@@ -144,4 +169,8 @@ def _seen(found: "Pass", batch: Batch) -> Seen:
         live=[part.numpy() for part in found.live_TLK.split(tokens)],
         loss=found.loss,
         grad_norm=found.grad_norm,
+        coverage_gap=[part.numpy() for part in found.coverage_gap_TL.split(tokens)],
+        hidden_SLH=None if found.features is None else found.features.hidden_SLH.numpy(),
+        logits_SLE=None if found.features is None else found.features.logits_SLE.numpy(),
+        routed=None if found.routed_TLK is None else [part.numpy() for part in found.routed_TLK.split(tokens)],
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from compared_runs import Compared, compare_methods
 
 from moe_replay.tiny import EmbeddedAssets
 
@@ -52,3 +53,9 @@ def prefect_for_commands(prefect_api: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_API_URL", prefect_api)
         yield
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Compared:
+    """All methods and variants, run once for the modules that look at them."""
+    return compare_methods(tmp_path_factory.mktemp("methods"), prefect_api)

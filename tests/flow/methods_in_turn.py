@@ -1,30 +1,27 @@
-"""Run two iterations of every method in one process, on the same engines; prints what each run returned.
+"""Compare all methods over two iterations on the same engines, then run two variants of PR2; prints what came of it.
 
-Called as `methods_in_turn.py FOLDER SETTINGS`, settings as a JSON object of dotted keys.
+PR2 by its defaults uses no predictor so early; the variants may. Called as `methods_in_turn.py FOLDER SETTINGS`,
+settings as a JSON object of dotted keys.
 """
 
 import json
 import sys
-from pathlib import Path
 
+from variants import VARIANTS
+
+from flows.compare import compare
 from flows.train import train
 from moe_replay.config import load_config
-from moe_replay.environment import set_defaults
-from moe_replay.methods import PRESETS
+from moe_replay.environment import make_home, set_defaults
+from moe_replay.methods import PRESETS, Method
 from tasks.engines import keeping_engines
 
 if __name__ == "__main__":
     set_defaults()
-    settings = json.loads(sys.argv[2])
+    make_home()
+    settings = {**json.loads(sys.argv[2]), "iterations": 2, "storage.root": sys.argv[1]}
     with keeping_engines():
-        done = {
-            method: train(
-                load_config(
-                    None,
-                    {**settings, "method": method, "iterations": 2, "storage.root": f"{Path(sys.argv[1]) / method}"},
-                ),
-                "small",
-            )
-            for method in PRESETS
-        }
-    print(json.dumps(done))
+        compared = compare(load_config(None, settings), [Method.model_validate(name) for name in PRESETS], [0], "all")
+        for run_id, variant in VARIANTS.items():
+            train(load_config(None, {**settings, **variant}), run_id)
+    print(json.dumps(compared._asdict()))

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -15,15 +13,19 @@ from typing import Any
 import psutil
 import pytest
 from command import SMALL, run_json, start
+from compared_runs import Compared
 from mlflow import MlflowClient
+from variants import VARIANTS
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import TIMING_FILE
+from moe_replay.archive.routes import RouteArchive
 from moe_replay.methods import PRESETS
-from moe_replay.stages.results import iteration_metrics
+from tasks.dashboard import DASHBOARD, LAYER_TABLE, LAYERS
 
 EXACT = {**SMALL, "rollout.dtype": "float32"}
 STAGES = {"rollout", "routes", "training", "evaluation"}
+ALL_STAGES = STAGES | {"predictor"}
 
 
 @pytest.fixture(scope="module")
@@ -35,57 +37,92 @@ def exact_run(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> tup
     )
 
 
-@pytest.fixture(scope="module")
-def each_method(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> dict[str, dict[str, Any]]:
-    """What two iterations of each method gave: same id, seed, settings and engines, another root."""
-    program = [sys.executable, str(Path(__file__).with_name("methods_in_turn.py"))]
-    words = [str(tmp_path_factory.mktemp("methods")), json.dumps(SMALL)]
-    process = subprocess.run([*program, *words], capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr
-    done = json.loads(process.stdout.splitlines()[-1])
-    return {
-        method: {**run, "iterations": [iteration_metrics(RunStore(run["root"], "small"), n) for n in (0, 1)]}
-        for method, run in done.items()
-    }
-
-
-@pytest.mark.parametrize("method", PRESETS)
-def test_each_method_trains_two_iterations(method: str, each_method: dict[str, dict[str, Any]]) -> None:
-    said = each_method[method]
-
-    assert said["run_id"] == "small"
-    assert len(said["iterations"]) == 2
-    for metrics in said["iterations"]:
+@pytest.mark.parametrize("method", [*PRESETS, *VARIANTS])
+def test_each_method_trains_two_iterations(method: str, compared: Compared) -> None:
+    for iteration in (0, 1):
+        metrics = compared.metrics(method, iteration)
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["policy/grad_norm"] > 0
         assert metrics["mismatch/kl_k3"] >= 0
+        assert 0 <= metrics["routing/coverage_gap"] <= 1
         assert 0 <= metrics["eval/addition/avg_at_n"] <= 1
         # 1 in 13 rows has no route: the last token of each sequence was never fed.
         assert 0 < metrics["routing/missing_fraction"] < 0.1
+    store = compared.store(method)
+    found = [store.commit_of(stage, n) for stage in ALL_STAGES for n in (0, 1)]
+    assert [problem for ref in found if ref for problem in store.verify(ref)] == []
 
 
-def test_methods_differ_where_they_should_and_nowhere_else(each_method: dict[str, dict[str, Any]]) -> None:
-    first = {method: said["iterations"][0] for method, said in each_method.items()}
-    stores = {method: RunStore(said["root"], "small") for method, said in each_method.items()}
-
-    for method, store in stores.items():
-        found = [store.commit_of(stage, n) for stage in STAGES for n in (0, 1)]
-        assert [problem for ref in found if ref for problem in store.verify(ref)] == [], method
+def test_methods_differ_where_they_should_and_nowhere_else(compared: Compared) -> None:
+    first = {method: compared.metrics(method, 0) for method in PRESETS}
+    rolled_out, trained = set(), {}
+    for method in PRESETS:
+        rollout, training = (compared.store(method).committed(stage, 0) for stage in ("rollout", "training"))
+        assert rollout is not None
+        assert training is not None
+        rolled_out.add(rollout.commit.objects)
+        weights = (one for one in training.commit.objects if one.path.endswith("model.safetensors"))
+        trained.setdefault(next(weights).sha256, []).append(method)
     # The first rollout is the same: same weights, prompts and seeds.
-    assert len({store.commit_of("rollout", 0) for store in stores.values()}) == 1
-    trained = {}
-    for method, store in stores.items():
-        ref = store.commit_of("training", 0)
-        assert ref is not None
-        weights = (one for one in store.open(ref).commit.objects if one.path.endswith("model.safetensors"))
-        trained[next(weights).sha256] = method
-    assert set(trained.values()) == set(PRESETS), "two methods trained to the same weights"
+    assert len(rolled_out) == 1
+    # Without a predictor yet, PR2 is R3 bit for bit.
+    alone = [[method] for method in PRESETS if method not in ("r3", "pr2")]
+    assert sorted(trained.values()) == sorted([*alone, ["r3", "pr2"]])
     # Replaying the rollout's routes takes the routers' part out of the mismatch; the other methods share what is left.
     assert first["r3"]["mismatch/kl_k3"] < first["grpo"]["mismatch/kl_k3"]
     assert first["grpo"]["mismatch/kl_k3"] == first["gspo"]["mismatch/kl_k3"] == first["r2"]["mismatch/kl_k3"]
     # Before its first step the trainer agrees with its own old-log-prob pass, not quite with the bfloat16 rollout.
     assert first["r2"]["routing/agreement_step_1"] == 1.0
     assert first["r3"]["routing/agreement_step_1"] < 1.0
+
+
+def test_pr2_rolls_out_under_the_predictor_that_was_fitted_before_and_evaluates_without(compared: Compared) -> None:
+    store = compared.store("at-once")
+    fitted, rollout, routes, evaluation = (
+        store.committed(stage, n) for stage, n in (("predictor", 0), ("rollout", 1), ("routes", 1), ("evaluation", 1))
+    )
+    assert fitted is not None
+    assert rollout is not None
+    assert routes is not None
+    assert evaluation is not None
+    assert rollout.commit.inputs["predictor"] == fitted.ref
+    assert RouteArchive.open(routes).provenance.origins[0].predictor_sha256 == fitted.ref.sha256
+    used = compared.metrics("at-once", 0)["predictor/layers_used"] > 0
+    assert ("predictor/merge_fidelity" in compared.metrics("at-once", 1)) is used
+    assert "predictor" not in evaluation.commit.inputs
+    assert store.commit_of("predictor", 1) is not None
+
+
+def test_the_authors_variant_predicts_in_the_old_log_prob_pass_and_leaves_the_rollout_alone(
+    compared: Compared,
+) -> None:
+    store = compared.store("in-the-old-pass")
+    training, rollout = store.committed("training", 1), store.committed("rollout", 1)
+    assert training is not None
+    assert rollout is not None
+    assert training.commit.inputs["predictor"] == store.commit_of("predictor", 0)
+    assert "predictor" not in rollout.commit.inputs
+    # What is replayed is what the ratio starts from: nothing has moved at the first mini-step.
+    steps = json.loads(training.read_bytes("metrics.json"))["mini_steps"]
+    assert steps[0]["policy/ratio_max"] == 1.0
+
+
+def test_a_comparison_reports_all_its_runs_and_groups_them_in_mlflow(compared: Compared, home: Path) -> None:
+    report = Path(compared.said["report"])
+    assert compared.said["runs"] == [f"all-{method}-s0" for method in PRESETS]
+    assert compared.said["failed"] == []
+    assert (report / "report.html").read_text().count("data:image/png;base64,") >= 7
+    assert json.loads((report / "comparison.json").read_text())["groups"][0]["baseline"] == "grpo"
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("moe-replay")
+    assert experiment is not None
+    grouped = client.search_runs([experiment.experiment_id], "tags.comparison = 'all'")
+    names = {run.info.run_name: run for run in grouped}
+    assert set(names) == {"all", *compared.said["runs"]}
+    assert "report.html" in {file.path for file in client.list_artifacts(names["all"].info.run_id)}
+    figures = client.list_artifacts(names["all-r3-s0"].info.run_id, "figures")
+    assert {file.path for file in figures} == {f"figures/{name}" for name in (DASHBOARD, LAYERS, LAYER_TABLE)}
 
 
 @pytest.mark.slow
@@ -97,6 +134,16 @@ def test_replaying_the_rollout_cuts_the_mismatch_to_a_third(tmp_path: Path) -> N
         p90[method] = kl[17]
 
     assert p90["grpo"] > 3 * p90["r3"]
+
+
+@pytest.mark.slow
+def test_a_longer_pr2_run_predicts_and_stays_as_steady_as_replay(tmp_path: Path) -> None:
+    said = run_json("run", "--method=pr2", "--run-id=long-pr2", "--iterations=20", f"--root={tmp_path}")
+    served = [metrics for metrics in said["iterations"] if "predictor/merge_fidelity" in metrics]
+
+    assert served, "no predictor was ever used"
+    assert all(metrics["predictor/merge_fidelity"] < 1 for metrics in served)  # gates are rounded to bfloat16
+    assert sorted(metrics["mismatch/kl_k3"] for metrics in said["iterations"])[17] < 6e-4
 
 
 def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage_and_gives_the_same_bytes(

@@ -110,6 +110,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phimoe": _LOCAL,
     "qwen3": {},
 }
+_EVERY_LAYER = tuple(range(LAYERS))
+CORE: dict[str, tuple[int, ...]] = {
+    "qwen2_moe": _EVERY_LAYER,
+    "qwen3_moe": _EVERY_LAYER,
+    "mixtral": _EVERY_LAYER,
+    "olmoe": _EVERY_LAYER,
+    "deepseek_v3": (1, 2),
+    "glm4_moe": (1, 2),
+    "gpt_oss": _EVERY_LAYER,
+}
+_MORE: dict[str, tuple[int, ...]] = {
+    "afmoe": (1, 2),
+    "aria_text": _EVERY_LAYER,
+    "deepseek_v2": (1, 2),
+    "deepseek_v4": (1, 2),
+    "ernie4_5_moe": (1, 2),
+    "gemma4_text": _EVERY_LAYER,
+    "granitemoe": _EVERY_LAYER,
+    "hunyuan_v1_moe": _EVERY_LAYER,
+    "jamba": (1,),
+    "llama4_text": _EVERY_LAYER,
+    "longcat_flash": _EVERY_LAYER,
+    "minimax": _EVERY_LAYER,
+    "nemotron_h": (1, 3),
+    "qwen3_next": _EVERY_LAYER,
+}
+MOE_LAYERS = {**CORE, **_MORE}
+"""Decoder layers with routers, by family that can be replayed; `CORE` are those tested most."""
 # Families whose experts have one implementation only and take no choice.
 _FIXED_EXPERTS = ("aria_text", "granitemoe", "jetmoe", "llama4_text", "longcat_flash", "llama", "qwen3")
 
@@ -124,6 +152,16 @@ def build(family: str, **overrides: Any) -> Any:
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)
     return model.train()
+
+
+def build_plain(family: str) -> Any:
+    """A model whose routers choose by their logits alone: without groups of experts, and with zero selection biases."""
+    grouped = "n_group" in CONFIGS[family]
+    model = build(family, **({"n_group": 1, "topk_group": 1} if grouped else {}))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("e_score_correction_bias"):
+            tensor.data.zero_()
+    return model
 
 
 def inputs() -> dict[str, Tensor]:

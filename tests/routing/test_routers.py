@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from families import EXPERTS, ROWS, TOP_K, build, inputs
-from torch import Tensor, nn
+from families import CORE, EXPERTS, MOE_LAYERS, ROWS, TOP_K, build
+from model_steps import (
+    assert_same_step,
+    backward,
+    everywhere,
+    foreign_routes,
+    forward,
+    router_gradients,
+    step,
+)
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,93 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.routing.routers import Routers
 
-EVERY_LAYER = (0, 1, 2)
-CORE = {
-    "qwen2_moe": EVERY_LAYER,
-    "qwen3_moe": EVERY_LAYER,
-    "mixtral": EVERY_LAYER,
-    "olmoe": EVERY_LAYER,
-    "deepseek_v3": (1, 2),
-    "glm4_moe": (1, 2),
-    "gpt_oss": EVERY_LAYER,
-}
-MORE = {
-    "afmoe": (1, 2),
-    "aria_text": EVERY_LAYER,
-    "deepseek_v2": (1, 2),
-    "deepseek_v4": (1, 2),
-    "ernie4_5_moe": (1, 2),
-    "gemma4_text": EVERY_LAYER,
-    "granitemoe": EVERY_LAYER,
-    "hunyuan_v1_moe": EVERY_LAYER,
-    "jamba": (1,),
-    "llama4_text": EVERY_LAYER,
-    "longcat_flash": EVERY_LAYER,
-    "minimax": EVERY_LAYER,
-    "nemotron_h": (1, 3),
-    "qwen3_next": EVERY_LAYER,
-}
-LAYERS = {**CORE, **MORE}
-every_family = pytest.mark.parametrize("family", LAYERS)
+every_family = pytest.mark.parametrize("family", MOE_LAYERS)
 core_family = pytest.mark.parametrize("family", CORE)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def forward(model: nn.Module) -> Tensor:
-    """-> logits [B, S, V]"""
-    return model(**inputs(), use_cache=False).logits
-
-
-def backward(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
-    """Gradients by parameter name of a fixed scalar of the logits; parameters that got none are left out."""
-    model.zero_grad(set_to_none=True)
-    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    (logits * direction).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    logits = forward(model)
-    return logits.detach(), backward(model, logits)
-
-
-def foreign_routes(routers: Routers, seed: int = 3) -> Tensor:
-    """Random distinct experts for each row and layer. -> [R, L, K]"""
-    noise = torch.rand(ROWS, len(routers.layers), routers.num_experts, generator=torch.Generator().manual_seed(seed))
-    return noise.argsort(-1)[..., : routers.top_k]
-
-
-def everywhere() -> Tensor:
-    return torch.ones(ROWS, dtype=torch.bool)
-
-
-def assert_same_step(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Bit-exact outputs and gradients."""
-    assert torch.equal(got[0], want[0])
-    assert got[1].keys() == want[1].keys()
-    assert [name for name in want[1] if not torch.equal(got[1][name], want[1][name])] == []
-
-
-def router_gradients(routers: Routers, gradients: dict[str, Tensor]) -> dict[int, Tensor]:
-    """The gradient of each MoE layer's [E, H] router weight."""
-    found = {}
-    for layer in routers.layers:
-        names = [name for name in gradients if f"layers.{layer}." in name and _is_router_weight(name)]
-        assert len(names) == 1, names
-        found[layer] = gradients[names[0]]
-    return found
-
-
-def _is_router_weight(name: str) -> bool:
-    parents = name.split(".")[:-1]
-    return name.endswith("weight") and ("router" in parents[-2:] or "gate" in parents[-2:])
 
 
 @every_family
@@ -126,7 +50,7 @@ def test_replaying_recorded_routes_is_bit_exact(family: str) -> None:
 def test_model_shape_is_read_from_the_live_model(family: str) -> None:
     routers = Routers(build(family))
 
-    assert (routers.num_experts, routers.top_k, routers.layers) == (EXPERTS, TOP_K, LAYERS[family])
+    assert (routers.num_experts, routers.top_k, routers.layers) == (EXPERTS, TOP_K, MOE_LAYERS[family])
 
 
 @every_family
@@ -423,7 +347,7 @@ def test_fsdp2_sharded_layers_replay_like_unsharded_ones(family: str) -> None:
     routers.replay(ids_RLK, everywhere())
     logits, gradients = step(model)
 
-    assert routers.layers == LAYERS[family]
+    assert routers.layers == MOE_LAYERS[family]
     assert torch.equal(routers.live_RLK, plain_routers.live_RLK)
     full = {name: g.full_tensor() for name, g in gradients.items() if isinstance(g, DTensor)}
     assert_same_step((logits, full), (want_logits, want_gradients))
