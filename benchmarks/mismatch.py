@@ -13,7 +13,7 @@ import numpy as np
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.config import RunConfig, run_root
 from moe_replay.environment import set_defaults
-from moe_replay.stages.results import iteration_metrics
+from moe_replay.reports.results import iteration_metrics
 
 
 def main() -> None:
