@@ -8,6 +8,7 @@ from prefect.runtime import flow_run
 from flows.train import train
 from moe_replay.config import RunConfig
 from moe_replay.design import runs_of
+from moe_replay.interrupts import interrupts_kept
 from moe_replay.methods import PRESETS, Method
 from tasks.comparison import report_comparison
 from tasks.engines import keeping_engines
@@ -43,7 +44,8 @@ def compare(
         # All at once, so that an id which can't be is refused before the first is trained.
         for run_id, settings in list(runs_of(config, methods, seeds, name)):
             try:
-                train(settings, run_id)
+                with interrupts_kept():
+                    train(settings, run_id)
                 done.append(run_id)
             except Exception as error:
                 get_run_logger().error("run %s failed: %s: %s", run_id, type(error).__name__, error)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_replay.config import RunConfig
 from moe_replay.design import runs_of
 from moe_replay.environment import make_home
+from moe_replay.interrupts import interrupts_kept
 from moe_replay.methods import Method
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def train_methods(
         with display, listening(display.on_progress), hearing_results(display.on_result):
             wait_for_prefect()
             try:
-                return compare(config, list(methods), list(seeds), comparison, baseline)
+                with interrupts_kept():
+                    return compare(config, list(methods), list(seeds), comparison, baseline)
             finally:
                 flush_logs()
 

@@ -16,6 +16,7 @@ from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
 from moe_replay.config import RunConfig, load_config, parse_override
 from moe_replay.environment import make_home
 from moe_replay.errors import EngineLost
+from moe_replay.interrupts import interrupts_kept
 
 
 def run(
@@ -114,7 +115,8 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
 
             wait_for_prefect()
             try:
-                return train(config, run_id)
+                with interrupts_kept():
+                    return train(config, run_id)
             finally:
                 flush_logs()
         except KeyboardInterrupt:
