@@ -250,6 +250,11 @@ class RunConfig(Config):
                 f"training.mini_steps = {self.training.mini_steps}, and router evolution is what mini-steps 2 to κ "
                 "see; raise it, or take a method without a predictor and evolution.record = false"
             )
+        if self.records_evolution and self.evolution.tokens < self.training.mini_steps - 1:
+            raise ValueError(
+                f"evolution.tokens = {self.evolution.tokens} leaves mini-steps 2 to {self.training.mini_steps} without "
+                f"a token each; give {self.training.mini_steps - 1} at least"
+            )
         return self
 
     @property

@@ -1,30 +1,49 @@
-"""Interrupts that libraries lose on the way."""
+"""Interrupts that libraries lose on the way.
 
+An interrupt may come at any point of what Prefect, MLflow or a progress report do, and they may turn it into an
+ordinary error of their own, which passes for a failed run, or drop it, so that the run goes on as if nobody had pressed
+Ctrl-C. While a command is `interruptible` an interrupt is remembered, and comes back where work would go on without it.
+"""
+
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+_came = threading.Event()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Leave with KeyboardInterrupt when an interrupt came inside, whatever was made of it. For the main thread."""
+    before = signal.signal(signal.SIGINT, _remember)
+    try:
+        with interrupts_kept():
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _came.clear()
 
 
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
-    """Raise KeyboardInterrupt for every error that came of one.
-
-    What Prefect does about an interrupt may fail in its turn, wherever the interrupt came, and then an ordinary error
-    of Prefect's own leaves the flow, which would pass for a failed run.
-    """
+    """Raise KeyboardInterrupt in place of what an interrupt became, and at the end where it became nothing."""
     try:
         yield
     except Exception as error:
-        if _came_of_interrupt(error):
+        if _came.is_set():
             raise KeyboardInterrupt from error
         raise
+    raise_lost_interrupt()
 
 
-def _came_of_interrupt(error: BaseException) -> bool:
-    seen: set[int] = set()
-    before: BaseException | None = error
-    while before is not None and id(before) not in seen:
-        if isinstance(before, KeyboardInterrupt):
-            return True
-        seen.add(id(before))
-        before = before.__cause__ or before.__context__
-    return False
+def raise_lost_interrupt() -> None:
+    """Raise KeyboardInterrupt when an interrupt came and was dropped; call it before long work is begun."""
+    if _came.is_set():
+        raise KeyboardInterrupt
+
+
+def _remember(_number: int, _frame: FrameType | None) -> None:
+    _came.set()
+    raise KeyboardInterrupt

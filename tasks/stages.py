@@ -11,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import StagesConfig
+from moe_replay.interrupts import raise_lost_interrupt
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
 from tasks.progress import StageProgress
@@ -107,6 +108,7 @@ def _on_engine(
 def _unless_committed(
     run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], work: Callable[[], ArtifactRef]
 ) -> ArtifactRef:
+    raise_lost_interrupt()
     found = run.find(stage, iteration, inputs)
     if found is not None:
         get_run_logger().info("%s of iteration %d is committed already, skipped", stage, iteration)

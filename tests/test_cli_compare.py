@@ -37,7 +37,8 @@ def test_runs_are_compared_in_a_table_with_verdicts_and_the_way_on(runs, command
     told = command("compare", *runs)
     assert "against grpo" in told
     assert "Mismatch KL(k3), against grpo: lower: r3" in told
-    assert "within noise" in told
+    assert "Reward, last third, against grpo: too few values: r3" in told
+    assert "With 2 seeds a method intervals are too narrow" in told
     assert "compare grpo-0 grpo-1 r3-0 r3-1 --out report --root" in told
 
 
@@ -66,6 +67,9 @@ def test_a_comparison_that_can_not_be_is_refused_before_anything_is_trained(comm
         command("compare", "--methods", "grpo,r3", "--baseline", "tis")
     with pytest.raises(ConfigError, match="run c-pr2-s0 of the comparison"):
         command("compare", "--methods", "grpo,pr2", "--seeds", "0", "--name", "c", "--set", "training.mini_steps=1")
+    for setting in ("method.clip_low=0.1", "seed=7", "tracking.comparison=mine"):
+        with pytest.raises(ConfigError, match=f"--set {setting.partition('=')[0]}: a comparison sets method, seed"):
+            command("compare", "--methods", "grpo,r3", "--set", setting)
     with pytest.raises(ConfigError, match="seeds are whole numbers"):
         command("compare", "--methods", "grpo", "--seeds", "one")
 

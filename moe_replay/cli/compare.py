@@ -1,6 +1,8 @@
 """`moe-replay compare`: methods beside each other, from runs that exist or are trained for it."""
 
 import re
+import shlex
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from flows.compare import Compared
 
 _TITLE = "Routing replay: methods compared"
+_OWN = ("method", "seed", "tracking.comparison")
+"""Settings that a comparison gives each of its runs."""
 
 
 def compare(
@@ -110,6 +114,13 @@ def _failed(trained: "Compared") -> ReplayError:
 
 def _settings(config: Path | None, iterations: int | None, set_: list[str] | None, root: str | None) -> RunConfig:
     overrides = dict(parse_override(text) for text in set_ or [])
+    for key in overrides:
+        if key in _OWN or key.startswith("method."):
+            raise ConfigError(
+                f"--set {key}: a comparison sets method, seed and tracking.comparison of its runs itself; name presets "
+                "in --methods, seeds in --seeds, the comparison in --name, and for a method of your own train its runs "
+                "with moe-replay run, then compare them"
+            )
     overrides |= {"iterations": iterations} if iterations is not None else {}
     return load_config(config, overrides | ({"storage.root": root} if root is not None else {}))
 
@@ -127,7 +138,9 @@ def _train(
         raise ConfigError(f"the baseline {baseline!r} is none of the methods to train, {', '.join(labels)}; add it")
     comparison = name or f"compare-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     numbers = [int(seed) for seed in seeds.split(",")]
-    return train_methods(config, chosen, numbers, comparison, baseline, err if as_json else out)
+    # The command as it was given, under the name that was made up for it.
+    go_on = shlex.join([command_name(), *sys.argv[1:], *([] if name else ["--name", comparison])])
+    return train_methods(config, chosen, numbers, comparison, baseline, err if as_json else out, go_on)
 
 
 def _next(runs: Sequence[str], baseline: str | None, root: str | None) -> str:

@@ -42,7 +42,7 @@ def counterfactual(
     iteration
         Whose rollout to take; by default that of the last iteration that was trained.
     checkpoint
-        Against the policy after which iteration; by default after the same.
+        Against the policy after which iteration, not before the one that sampled; by default after the same.
     methods
         Default: r2, r3 unless the rollout was served under a predictor, and pr2 where it was or where the run recorded
         router evolution before that iteration.
@@ -60,9 +60,10 @@ def counterfactual(
         print(found.model_dump_json())
         return
     _show(found)
-    at = f" --root {root}" if root else ""
+    options = {"iteration": iteration, "checkpoint": checkpoint, "methods": methods, "root": root}
+    asked = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
     further = (
-        f"drew {figure}" if figure else f"next:  {command_name()} counterfactual {run_id}{at} --figure by-layer.png"
+        f"drew {figure}" if figure else f"next:  {command_name()} counterfactual {run_id}{asked} --figure by-layer.png"
     )
     out.print(escape(further), highlight=False, soft_wrap=True)
 
@@ -84,7 +85,12 @@ def _ask(
     after = store.commit_of("training", number) if number in trained else None
     if after is None:
         raise ConfigError(f"run {store.run_id} has no checkpoint of iteration {number}; it has those of {trained}")
-    chosen = _methods(methods.split(",") if methods else tellable_methods(store, taken))
+    if number < taken - 1:
+        raise ConfigError(
+            f"the checkpoint of iteration {number} is older than the policy that sampled iteration {taken}, that of "
+            f"{taken - 1}, and no policy after it; take one from {taken - 1} on"
+        )
+    chosen = _methods(methods.split(",") if methods is not None else tellable_methods(store, taken))
     require_replayable(store, taken, chosen)
     run = prepare(config, store.run_id, _progress)
     pool = EnginePool(run.model, run.model_sha256, config.rollout, config.training, make_home() / "logs" / store.run_id)

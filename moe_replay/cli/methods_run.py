@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moe_replay.cli.console import err
 from moe_replay.config import RunConfig
 from moe_replay.design import runs_of
 from moe_replay.environment import make_home
-from moe_replay.interrupts import interrupts_kept
+from moe_replay.interrupts import interruptible
 from moe_replay.methods import Method
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ def train_methods(
     comparison: str,
     baseline: str | None,
     console: Console,
+    go_on: str,
 ) -> "Compared":
-    """Train every method from every seed, or go on with it.
+    """Train every method from every seed, or go on with it; `go_on` is the command that does after an interrupt.
 
     Raises ConfigError before anything is started when any of the runs could not be.
     """
@@ -39,19 +41,23 @@ def train_methods(
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from moe_replay.servers import prefect_server
 
-    with prefect_server(make_home()) as wait_for_prefect:
-        from flows.compare import compare
-        from tasks.progress import listening
-        from tasks.reporting import flush_logs, hearing_results
+    console.print(f"comparison {comparison}: {len(runs)} runs", highlight=False, markup=False)
+    try:
+        with interruptible(), prefect_server(make_home()) as wait_for_prefect:
+            from flows.compare import compare
+            from tasks.progress import listening
+            from tasks.reporting import flush_logs, hearing_results
 
-        display = _ComparisonDisplay(console, [run_id for run_id, _ in runs], config.iterations)
-        with display, listening(display.on_progress), hearing_results(display.on_result):
-            wait_for_prefect()
-            try:
-                with interrupts_kept():
+            display = _ComparisonDisplay(console, [run_id for run_id, _ in runs], config.iterations)
+            with display, listening(display.on_progress), hearing_results(display.on_result):
+                wait_for_prefect()
+                try:
                     return compare(config, list(methods), list(seeds), comparison, baseline)
-            finally:
-                flush_logs()
+                finally:
+                    flush_logs()
+    except KeyboardInterrupt:
+        err.print(f"stopped; what is committed stays: {go_on}", highlight=False, markup=False, soft_wrap=True)
+        raise
 
 
 class _ComparisonDisplay:

@@ -16,7 +16,7 @@ from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
 from moe_replay.config import RunConfig, load_config, parse_override
 from moe_replay.environment import make_home
 from moe_replay.errors import EngineLost
-from moe_replay.interrupts import interrupts_kept
+from moe_replay.interrupts import interruptible
 
 
 def run(
@@ -107,18 +107,20 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
     title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
     with RunDisplay(console, title) as display, listening(display.on_progress), hearing_results(display.on_result):
         try:
-            ready = prepare(config, run_id, lambda done, total, what: display.on_progress("prepare", done, total, what))
-            if not ready.is_complete():
-                engines_of(ready).start()
-            display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
-            from flows.train import train
+            with interruptible():
+                ready = prepare(
+                    config, run_id, lambda done, total, what: display.on_progress("prepare", done, total, what)
+                )
+                if not ready.is_complete():
+                    engines_of(ready).start()
+                display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
+                from flows.train import train
 
-            wait_for_prefect()
-            try:
-                with interrupts_kept():
+                wait_for_prefect()
+                try:
                     return train(config, run_id)
-            finally:
-                flush_logs()
+                finally:
+                    flush_logs()
         except KeyboardInterrupt:
             go_on = f"stopped; what is committed stays: {command_name()} resume {_named(config, run_id)}"
             err.print(go_on, highlight=False, markup=False, soft_wrap=True)

@@ -266,7 +266,9 @@ def _styled(group: RunGroup) -> list[tuple[MethodRuns, Style]]:
 
 
 def _all_values(group: RunGroup, values: Callable[[RunResults], np.ndarray]) -> np.ndarray:
-    return np.concatenate([values(run) for run in group.runs])
+    """What is drawn: of each run, and the means over seeds, which are below every run's where one of them has 0."""
+    means = [over_seeds(_stacked(method, values))[0] for method in group.methods]
+    return np.concatenate([*(values(run) for run in group.runs), *means])
 
 
 def _legend(figure: "Figure", axes: "Axes", told: dict[str, str] | None = None) -> None:

@@ -77,8 +77,10 @@ def has_extreme_token(metrics: Mapping[str, float]) -> float | None:
 
 
 def is_served(metrics: Mapping[str, float]) -> float | None:
-    """1 where the rollout's gates held a predictor that was not zero, else 0; None for methods without predictors."""
-    return float("predictor/merge_fidelity" in metrics) if "predictor/kl_zero" in metrics else None
+    """1 where rollout or old log-prob pass was under a predictor not zero, else 0; None for methods without them."""
+    if "predictor/kl_zero" not in metrics:
+        return None
+    return float("predictor/merge_fidelity" in metrics or metrics.get("predictor/layers_steered", 0) > 0)
 
 
 def agreement_gain(metrics: Mapping[str, float]) -> float | None:

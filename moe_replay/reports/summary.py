@@ -4,6 +4,7 @@ from moe_replay.reports.comparison import Cell, GroupComparison, MethodCompariso
 from moe_replay.reports.measures import shown
 
 _HEADLINES = ("mismatch KL(k3)", "iterations with an extreme token", "agreement at mini-step", "reward", "avg@n")
+_ENOUGH_SEEDS = 5
 _SPREAD = ("median", "p90", "last")
 """Other views of a measure, which the table has."""
 
@@ -35,6 +36,12 @@ def _sentences(group: GroupComparison) -> list[str]:
     ]
     gains = [row for row in group.rows if row.measure == "predictor: agreement gained"]
     sentences += [_gain(row) for row in gains]
+    fewest = min(len(method.runs) for method in group.methods)
+    if fewest < _ENOUGH_SEEDS and len(group.methods) > 1:
+        sentences.append(
+            f"With {fewest} seed{'' if fewest == 1 else 's'} a method intervals are too narrow: of differences that "
+            "are nothing but noise, more than 1 in 20 are called lower or higher."
+        )
     if all(len(method.runs) == 1 for method in group.methods):
         sentences.append(
             "With one seed a method, intervals tell how iterations scatter and nothing of how seeds would: a "

@@ -72,6 +72,8 @@ def train_replayed(
     batch, metrics = old_log_prob_pass(engine, run.config, responses, archive, observation, recorder, predicted)
     steps = _mini_steps(engine, run.config, batch, archive, observation, recorder, progress)
     metrics |= observation.metrics() | _summarize(steps)
+    if predicted:
+        metrics["predictor/layers_steered"] = float(len(predicted.weights))
     _require_finite(metrics)
     _write(writer, run, engine, batch, observation, steps)
     if recorder:

@@ -86,8 +86,9 @@ def test_elsewhere_the_predictor_that_the_run_fitted_steers_the_trainer(compared
         ("r3", {"iteration": 7, "checkpoint": 1}, "no rollout of iteration 7"),
         ("r3", {"methods": "pr2", "iteration": 0}, "pr2 predicts nothing in iteration 0"),
         ("at-once", {"methods": "r3"}, "was served under a predictor; take an earlier one"),
+        ("r3", {"methods": ""}, "unknown method ''"),
     ],
-    ids=["no routes", "unknown iteration", "no rollout", "nothing to predict", "mislabelled"],
+    ids=["no routes", "unknown iteration", "no rollout", "nothing to predict", "mislabelled", "no method"],
 )
 def test_what_cannot_be_told_is_refused_before_an_engine_starts(
     compared: Compared, name: str, asked: dict, told: str
@@ -100,3 +101,6 @@ def test_by_default_only_what_can_be_told_is_asked(compared: Compared) -> None:
     assert tellable_methods(compared.store("r3"), 1) == ["r2", "r3"]
     assert tellable_methods(compared.store("at-once"), 1) == ["r2", "pr2"]
     assert tellable_methods(compared.store("in-the-old-pass"), 1) == ["r2", "r3", "pr2"]
+    # Handed a predictor that is zero in every layer, its first rollouts are R3's.
+    assert compared.metrics("pr2", 0)["predictor/layers_used"] == 0
+    assert tellable_methods(compared.store("pr2"), 1) == ["r2", "r3", "pr2"]

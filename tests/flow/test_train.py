@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -21,6 +22,7 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import TIMING_FILE
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.methods import PRESETS
+from moe_replay.reports.measures import is_served
 from tasks.dashboard import DASHBOARD, LAYER_TABLE, LAYERS
 
 EXACT = {**SMALL, "rollout.dtype": "float32"}
@@ -105,6 +107,9 @@ def test_the_authors_variant_predicts_in_the_old_log_prob_pass_and_leaves_the_ro
     # What is replayed is what the ratio starts from: nothing has moved at the first mini-step.
     steps = json.loads(training.read_bytes("metrics.json"))["mini_steps"]
     assert steps[0]["policy/ratio_max"] == 1.0
+    steered = compared.metrics("in-the-old-pass", 0)["predictor/layers_used"]
+    assert training.commit.metrics["predictor/layers_steered"] == steered
+    assert is_served(compared.metrics("in-the-old-pass", 1)) == float(steered > 0)
 
 
 def test_a_comparison_reports_all_its_runs_and_groups_them_in_mlflow(compared: Compared, home: Path) -> None:
@@ -178,6 +183,25 @@ def test_interrupt_ends_everything_and_says_how_to_go_on(tmp_path: Path, monkeyp
     assert process.returncode == 130, err
     assert "resume stopped" in err
     assert psutil.wait_procs(family, timeout=10)[1] == [], "something outlived the command"
+
+
+@pytest.mark.slow
+def test_interrupted_comparison_says_how_to_go_on(tmp_path: Path) -> None:
+    asked = ("compare", "--methods=grpo,r3", "--seeds=0", "--iterations=9", f"--root={tmp_path}")
+    process = start(*asked, settings=EXACT, group=True)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*-grpo-s0/iterations/00000/training/_committed.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+
+    assert process.returncode == 130, err
+    name = re.search(r"comparison (\S+): 2 runs", out)
+    assert name is not None
+    assert f"--root={tmp_path}" in err
+    assert f"--name {name[1]}" in err
+    assert not list(tmp_path.glob("*-r3-s0")), "the comparison went on to its next run"
 
 
 def test_stage_whose_engine_dies_at_work_is_retried_with_a_fresh_one(tmp_path: Path, prefect_api: str) -> None:
