@@ -5,14 +5,16 @@ from typing import NamedTuple
 from prefect import flow
 from prefect.runtime import flow_run
 
+from flows.stability import train_watched
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig
+from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run
 from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
 from tasks.preparation import prepare_run
 from tasks.reporting import report_results
-from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts, train_replayed
+from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts
 from tasks.tracking import close_tracking, open_tracking, track_iteration
 
 
@@ -64,9 +66,10 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
 
     rollout = configured(generate_rollouts, stages)(run, n, before.policy, at_rollout)
     routes = configured(archive_routes, stages)(run, n, rollout)
-    policy = configured(train_replayed, stages)(run, n, before.policy, rollout, routes, at_old_pass)
+    policy = train_watched(run, n, before.policy, rollout, routes, at_old_pass)
     predictor, trainings = None, (policy, *before.trainings)[: run.config.predictor.window]
-    if method.predictor:
+    # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
+    if method.predictor and not is_skipped(run.open(policy)):
         predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
     if run.config.evaluates(n):
         configured(evaluate_policy, stages)(run, n, policy)

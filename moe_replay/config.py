@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -24,8 +22,10 @@ from pydantic import (
     model_validator,
 )
 
+from moe_replay.alarm import AlarmConfig, actions_for
 from moe_replay.errors import ConfigError
 from moe_replay.methods import DEFAULT_PRESET, Method
+from moe_replay.settings import Config
 
 EMBEDDED = "embedded"
 """Stands for the tiny model, its training problems or its benchmark, all made on the spot."""
@@ -34,12 +34,6 @@ EMBEDDED_TOP_4 = "embedded-top-4"
 
 Dtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Config(BaseModel):
-    """Frozen, and refuses keys it doesn't know; the docstrings of its keys are what Prefect's forms show."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Config):
@@ -226,6 +220,7 @@ class RunConfig(Config):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
     stages: StagesConfig = StagesConfig()
+    alarm: AlarmConfig = AlarmConfig()
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunConfig":
@@ -254,6 +249,15 @@ class RunConfig(Config):
             raise ValueError(
                 f"evolution.tokens = {self.evolution.tokens} leaves mini-steps 2 to {self.training.mini_steps} without "
                 f"a token each; give {self.training.mini_steps - 1} at least"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_where_to_fall_back_to(self) -> "RunConfig":
+        if self.alarm.rule == "fall_back" and "fall_back" not in actions_for(self.method):
+            raise ValueError(
+                f"alarm.rule = 'fall_back' trains under the routes of the rollout, which {self.method.label} replays "
+                "already; take skip, lower_lr or pause, or a method that replays others or none"
             )
         return self
 

@@ -42,3 +42,18 @@ class StorageUnavailable(ReplayError, OSError):
     """Transient: object storage did not answer or cut the transfer; a later attempt may succeed."""
 
     transient = True
+
+
+class StabilityAlarm(ReplayError, RuntimeError):
+    """Permanent: a batch is too far from the policy that sampled it, and what becomes of it is not decided.
+
+    The command line exits with code 3.
+    """
+
+    def __init__(self, message: str, metric: str, value: float, bound: float):
+        """`value` of `metric` is beyond `bound`; the message says what to do."""
+        super().__init__(message, metric, value, bound)
+        self.metric, self.value, self.bound = metric, value, bound
+
+    def __str__(self) -> str:
+        return self.args[0]

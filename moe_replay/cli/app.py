@@ -24,7 +24,7 @@ from moe_replay.cli.load import load
 from moe_replay.cli.predictor import fit, report
 from moe_replay.cli.training import resume, run
 from moe_replay.environment import make_home, set_defaults
-from moe_replay.errors import ConfigError, ReplayError
+from moe_replay.errors import ConfigError, ReplayError, StabilityAlarm
 
 app = App(
     name="moe-replay",
@@ -54,13 +54,13 @@ app.command(data)
 
 
 def main() -> None:
-    """Entry point; exits with 2 for what the user has to change, 1 for what went wrong on the way."""
+    """Entry point; exits with 2 for what the user has to change, 3 for a decision to take, 1 for what went wrong."""
     set_defaults()
     try:
         app()
     except ReplayError as error:
         err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, StabilityAlarm) else 1)
     except KeyboardInterrupt:
         # All is closed by now; Prefect's threads would go on sending events to the server that was stopped.
         sys.stdout.flush()

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
+from moe_replay.alarm import Action
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
 from moe_replay.config import RunConfig, load_config, parse_override
 from moe_replay.environment import make_home
-from moe_replay.errors import EngineLost
+from moe_replay.errors import ConfigError, EngineLost
 from moe_replay.interrupts import interruptible
 
 
@@ -58,13 +59,36 @@ def run(
     _train(settings, run_id, json_)
 
 
-def resume(run_id: str, *, root: Root = None, json_: Json = False) -> None:
-    """Continue a run at its first stage that is not committed, with the config it was started with."""
+def resume(run_id: str, *, decide: Action | None = None, root: Root = None, json_: Json = False) -> None:
+    """Continue a run at its first stage that is not committed, with the config it was started with.
+
+    Parameters
+    ----------
+    run_id
+        The run.
+    decide
+        What becomes of the batch that the stability alarm stopped at.
+    """
     from moe_replay.preparation import stored_config
 
-    config = stored_config(RunStore(root_of(root), run_id))
+    store = RunStore(root_of(root), run_id)
+    config = stored_config(store)
+    if decide is not None:
+        _decide(store, config, decide)
     storage = config.storage.model_copy(update={"root": root})
     _train(config.model_copy(update={"storage": storage}), run_id, json_)
+
+
+def _decide(store: RunStore, config: RunConfig, action: Action) -> None:
+    from moe_replay.stages.decisions import waiting_batch
+
+    batch = waiting_batch(store)
+    if batch is None:
+        raise ConfigError(
+            f"run {store.run_id} waits for no decision: no batch of it stopped at the stability alarm; resume it "
+            "without --decide"
+        )
+    batch.decide(config, action, "person")
 
 
 def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
@@ -103,9 +127,15 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
     from tasks.engines import engines_of
     from tasks.progress import listening
     from tasks.reporting import flush_logs, hearing_results
+    from tasks.stability import hearing_alarms
 
     title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
-    with RunDisplay(console, title) as display, listening(display.on_progress), hearing_results(display.on_result):
+    with (
+        RunDisplay(console, title) as display,
+        listening(display.on_progress),
+        hearing_results(display.on_result),
+        hearing_alarms(display.on_alarm),
+    ):
         try:
             with interruptible():
                 ready = prepare(
