@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from prefect import flow
-from prefect.runtime import flow_run
 
 from flows.stability import train_watched
 from moe_replay.archive.commits import ArtifactRef
@@ -12,6 +11,7 @@ from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run
 from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
+from tasks.naming import own_run_id, training_name
 from tasks.preparation import prepare_run
 from tasks.reporting import report_results
 from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts
@@ -28,7 +28,7 @@ class Learned(NamedTuple):
     """Newest first, as many as a predictor is fitted from."""
 
 
-@flow(name="train", flow_run_name="train-{run_id}", persist_result=False)
+@flow(name="train", flow_run_name=training_name, persist_result=False)
 def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[str, str]:  # noqa: B008 (frozen)
     """Train a Mixture-of-Experts policy with routing replay.
 
@@ -38,7 +38,7 @@ def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[st
     Returns:
         `run_id`, `root` and `mlflow_run_id`.
     """
-    run = prepare_run(config, run_id or f"run-{str(flow_run.id)[:8]}")
+    run = prepare_run(config, own_run_id())
     with running_engines(run):
         tracked = open_tracking(run)
         succeeded = False

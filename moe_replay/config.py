@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     Field,
@@ -34,6 +35,9 @@ EMBEDDED_TOP_4 = "embedded-top-4"
 
 Dtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+AConfig = TypeVar("AConfig", bound=Config)
 
 
 class ModelConfig(Config):
@@ -307,17 +311,28 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the config {path} is not valid TOML: {error}") from error
-    for key, value in (overrides or {}).items():
-        _override(document, key, value)
-    return parse_config(document)
+    return parse_config(document_with(overrides or {}, document))
+
+
+def document_with(overrides: Mapping[str, Any], document: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`document` with dotted overrides (`rollout.prompts`) laid over it."""
+    laid_over = document if document is not None else {}
+    for key, value in overrides.items():
+        _override(laid_over, key, value)
+    return laid_over
 
 
 def parse_config(document: dict[str, Any]) -> RunConfig:
     """Validate a config document. Raises ConfigError listing every key that is wrong and why."""
+    return parse_as(RunConfig, document)
+
+
+def parse_as(schema: type[AConfig], document: dict[str, Any]) -> AConfig:
+    """Validate a document as `schema`. Raises ConfigError listing every key that is wrong and why."""
     try:
-        return RunConfig.model_validate(document)
+        return schema.model_validate(document)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_explain(problem, schema) for problem in error.errors())) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -344,16 +359,18 @@ def _override(document: dict[str, Any], dotted: str, value: Any) -> None:
     table[last] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, schema: type[Config]) -> str:
     """One line for one of pydantic's findings, with the nearest key where a key is unknown."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
         return f"{where}: {message}{given}" if where else message
-    model: Any = RunConfig
+    model: Any = schema
     for part in problem["loc"][:-1]:
-        model = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
+        # A section that may be left out is a union with None.
+        model = next((one for one in get_args(annotation) if hasattr(one, "model_fields")), annotation)
     known = list(model.model_fields)
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"

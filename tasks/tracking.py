@@ -17,6 +17,7 @@ from moe_replay.alarm import ALARM_METRIC
 from moe_replay.config import RunConfig, home_folder
 from moe_replay.dotted import dotted
 from moe_replay.errors import TrackingUnavailable
+from moe_replay.evaluations import Evaluation
 from moe_replay.preparation import package_versions
 from moe_replay.reports.results import iteration_metrics
 from moe_replay.stages.decisions import actions_in
@@ -25,6 +26,8 @@ from tasks.retry import is_transient
 
 RUN_KEY = "moe_replay.run"
 """Tag by which a training run finds its MLflow run again."""
+EVALUATION_OF = "moe_replay.evaluation_of"
+"""Tag of an evaluation's MLflow run: the training run, or the model, that it is of."""
 _REPORT_OF = "moe_replay.report_of"
 COMPARISON = "comparison"
 """Tag that the runs of one comparison share."""
@@ -126,6 +129,42 @@ def _decision_tags(run: Run, iteration: int, metrics: dict[str, float]) -> list[
     found = {n: run.store().committed("training", n) for n in range(iteration + 1)}
     told = {n: actions_in(training) for n, training in found.items() if training is not None}
     return [RunTag(_DECISIONS, "; ".join(f"{n}: {', '.join(actions)}" for n, actions in told.items() if actions))]
+
+
+@task(
+    name="track evaluation",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=is_transient,
+)
+@_translated()
+def track_evaluation(evaluation: Evaluation) -> str:
+    """Log an evaluation's scores as a step of its own MLflow run, unless they are there; returns that run's id.
+
+    The MLflow run is one for all checkpoints of an evaluation, and tagged with the training run that it is of.
+    """
+    from mlflow.entities import Metric
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+    run, iteration = evaluation.run, evaluation.iteration
+    client = _client(run.home)
+    experiment_id = _experiment(client, run.config, run.home)
+    key = _key(run)
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+    else:
+        note = f"Scores of `{evaluation.subject}`, under `{run.store().name}`; a step is an iteration of that run."
+        tags = {RUN_KEY: key, EVALUATION_OF: evaluation.subject, MLFLOW_RUN_NOTE: note}
+        run_id = client.create_run(experiment_id, run_name=run.run_id, tags=tags).info.run_id
+    metrics, moment = iteration_metrics(run.store(), iteration), _milliseconds(run, iteration)
+    logged = {name: client.get_metric_history(run_id, name) for name in metrics}
+    missing = {n: v for n, v in metrics.items() if iteration not in {point.step for point in logged[n]}}
+    points = [Metric(name, value, moment, iteration) for name, value in sorted(missing.items())]
+    client.log_batch(run_id, metrics=points)
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
 
 
 @_translated()

@@ -14,6 +14,8 @@ STAGES = ("rollout", "routes", "training", "predictor", "evaluation")
 RUN_FILE = "run.json"
 IMPORTS_KEY = "imported_routes"
 """Key in `run.json` of a run that holds imported routes and is never trained."""
+EVALUATES_KEY = "evaluates"
+"""Key in `run.json` of an evaluation, which trains nothing: which run's checkpoints, or which model, it is of."""
 COMMIT_FILE = "_committed.json"
 TIMING_FILE = "_timing.json"
 ATTEMPT_FILE = "_attempt.json"

@@ -18,6 +18,7 @@ from moe_replay.cli.console import out as console
 from moe_replay.cli.counterfactual import counterfactual
 from moe_replay.cli.dashboard import dashboard
 from moe_replay.cli.diff import diff
+from moe_replay.cli.evaluate import evaluate
 from moe_replay.cli.exchange import export, import_
 from moe_replay.cli.gc import gc
 from moe_replay.cli.load import load
@@ -37,6 +38,7 @@ data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
 app.command(compare)
+app.command(evaluate)
 app.command(counterfactual)
 app.command(dashboard)
 app.command(archive)

@@ -1,6 +1,7 @@
 """What all commands share: the consoles, common options, and how this command is called."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from moe_replay.config import parse_config, run_root
+from moe_replay.errors import ConfigError
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object and nothing else.")]
 Root = Annotated[str | None, Parameter(name="--root", help="fsspec URL under which runs lie.")]
@@ -23,6 +25,14 @@ err = Console(stderr=True)
 def root_of(root: str | None) -> str:
     """The URL under which runs lie: `root` where given, else the default; raises ConfigError for an unusable one."""
     return run_root(parse_config({"storage": {"root": root}}))
+
+
+def run_and_iteration(name: str) -> tuple[str, int | None]:
+    """The parts of RUN or RUN@ITERATION; raises ConfigError for anything else."""
+    run_id, at, iteration = name.partition("@")
+    if at and not re.fullmatch(r"\d+", iteration):
+        raise ConfigError(f"{name!r} is neither a run nor RUN@ITERATION, for example {run_id}@3")
+    return run_id, int(iteration) if at else None
 
 
 def command_name() -> str:
