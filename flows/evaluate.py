@@ -6,6 +6,7 @@ from prefect import flow, get_run_logger
 
 from moe_replay.evaluations import EvaluationRequest
 from tasks.engines import running_engines
+from tasks.failures import LOGGED_FAILURES
 from tasks.naming import evaluation_name
 from tasks.preparation import prepare_evaluation
 from tasks.stages import configured, evaluate_policy
@@ -25,7 +26,7 @@ class Evaluated(NamedTuple):
     mlflow_run_id: str
 
 
-@flow(name="evaluate", flow_run_name=evaluation_name, persist_result=False)
+@flow(name="evaluate", flow_run_name=evaluation_name, persist_result=False, **LOGGED_FAILURES)
 def evaluate(
     request: EvaluationRequest = EvaluationRequest(),  # noqa: B008 (frozen)
     evaluation_id: str | None = None,
@@ -33,7 +34,10 @@ def evaluate(
     """Score a checkpoint on benchmarks, with settings of its own.
 
     The same request made again scores a checkpoint that is new, and does nothing for one that has not changed.
-    Without an `evaluation_id` one is made of the run's id and the settings.
+
+    Args:
+        request: What to evaluate, and how.
+        evaluation_id: Name of the evaluation; by default made of the run's id and the settings.
     """
     evaluation = prepare_evaluation(request, evaluation_id)
     run, iteration, policy = evaluation.run, evaluation.iteration, evaluation.policy

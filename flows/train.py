@@ -11,6 +11,7 @@ from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run
 from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
+from tasks.failures import LOGGED_FAILURES
 from tasks.naming import own_run_id, training_name
 from tasks.preparation import prepare_run
 from tasks.reporting import report_results
@@ -28,12 +29,14 @@ class Learned(NamedTuple):
     """Newest first, as many as a predictor is fitted from."""
 
 
-@flow(name="train", flow_run_name=training_name, persist_result=False)
+@flow(name="train", flow_run_name=training_name, persist_result=False, **LOGGED_FAILURES)
 def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[str, str]:  # noqa: B008 (frozen)
     """Train a Mixture-of-Experts policy with routing replay.
 
-    The same `run_id` continues a run at its first stage without a commit. Without one the flow run's own name is
-    taken, so that retrying the flow run continues it too.
+    Args:
+        config: The run's settings.
+        run_id: The same continues a run at its first stage without a commit. Without one the flow run's own name is
+            taken, so that retrying the flow run continues it too.
 
     Returns:
         `run_id`, `root` and `mlflow_run_id`.

@@ -8,6 +8,7 @@ from moe_replay.config import RunConfig
 from moe_replay.evaluations import Evaluation, EvaluationRequest
 from moe_replay.preparation import prepare
 from moe_replay.stages.run import Run
+from tasks.events import telling_stage
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
 
@@ -17,11 +18,13 @@ from tasks.retry import is_transient
 )
 def prepare_run(config: RunConfig, run_id: str) -> Run:
     """Check the inputs, fetch or make model and data, and create or reopen the run."""
-    return prepare(config, run_id, StageProgress(run_id, "prepare", 0))
+    with telling_stage(run_id, "prepare", 0):
+        return prepare(config, run_id, StageProgress(run_id, "prepare", 0))
 
 
 @task(name="prepare evaluation", cache_policy=NO_CACHE, retries=1, retry_condition_fn=is_transient)
 def prepare_evaluation(request: EvaluationRequest, evaluation_id: str | None) -> Evaluation:
     """Find the checkpoint, fetch or make model and benchmarks, and create or reopen the evaluation."""
-    progress = StageProgress(evaluation_id or request.run_id or "evaluation", "prepare", 0)
-    return evaluations.prepare_evaluation(request, evaluation_id, progress)
+    name = evaluation_id or request.run_id or "evaluation"
+    with telling_stage(name, "prepare", 0):
+        return evaluations.prepare_evaluation(request, evaluation_id, StageProgress(name, "prepare", 0))

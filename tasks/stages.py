@@ -15,6 +15,7 @@ from moe_replay.errors import StabilityAlarm
 from moe_replay.interrupts import raise_lost_interrupt
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
+from tasks.events import telling_stage
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
 
@@ -119,4 +120,5 @@ def _unless_committed(
     if found is not None:
         get_run_logger().info("%s of iteration %d is committed already, skipped", stage, iteration)
         return found
-    return work()
+    with telling_stage(run.run_id, stage, iteration):
+        return work()

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.cli.alerts import install
 from moe_replay.cli.archive import inspect, verify
 from moe_replay.cli.compare import compare
 from moe_replay.cli.console import Json, Root, err, root_of
@@ -34,6 +35,7 @@ app = App(
 )
 archive = App(name="archive", help="Look into routing archives, compare and exchange them, and remove what has served.")
 predictor = App(name="predictor", help="Fit evolution predictors again from what a run stored; show what they gain.")
+alerts = App(name="alerts", help="Have Prefect tell of runs that fail, crash, stall or become unstable.")
 data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
@@ -52,6 +54,8 @@ archive.command(gc)
 app.command(predictor)
 predictor.command(fit)
 predictor.command(report)
+app.command(alerts)
+alerts.command(install)
 app.command(data)
 
 
