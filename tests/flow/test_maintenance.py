@@ -44,7 +44,5 @@ def test_gc_shows_first_and_removes_when_it_is_told_to(tmp_path: Path, prefect_a
     assert [json.loads(table["data"]) for table in (first, second, last)] == [rows, rows, []]
     assert "can be removed" in first["description"]
     assert "were removed" in second["description"]
-    assert [status.expired_bytes for n in (0, 1) for status in store.status(n) if status.stage == "training"] == [
-        100,
-        0,
-    ]
+    trainings = [store.status(n)[STAGES.index("training")] for n in (0, 1)]
+    assert [training.expired_bytes for training in trainings] == [100, 0]
