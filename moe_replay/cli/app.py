@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.layout import EVALUATES_KEY
 from moe_replay.cli.alerts import install
 from moe_replay.cli.archive import inspect, verify
 from moe_replay.cli.compare import compare
@@ -84,9 +85,12 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
         The run.
     """
     store = RunStore(root_of(root), run_id)
-    method = store.read_run().get("config", {}).get("method", {})
+    document = store.read_run()
+    method = document.get("config", {}).get("method", {})
     stages = [stage for iteration in store.iterations() for stage in store.status(iteration)]
     stages = [stage for stage in stages if stage.stage != "predictor" or method.get("predictor")]
+    if EVALUATES_KEY in document:
+        stages = [stage for stage in stages if stage.stage == "evaluation"]
     if json_:
         rows = [
             {

@@ -25,6 +25,8 @@ def test_a_checkpoint_is_scored_as_in_training_and_only_once(compared: Compared)
     assert (tracked.info.status, tracked.data.tags["moe_replay.evaluation_of"]) == ("FINISHED", "all-r3-s0")
     for name in said["scores"]:
         assert [point.step for point in client.get_metric_history(said["mlflow_run_id"], name)] == [1]
+    stages = run_json("status", said["evaluation_id"], root)["stages"]
+    assert [(stage["iteration"], stage["stage"]) for stage in stages] == [(1, "evaluation")]
     process = start("resume", said["evaluation_id"], root)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
