@@ -34,7 +34,9 @@ _FAILED = """
 {%- set flow = event.resource_in_role['flow'].name -%}
 {%- set state = event.resource['prefect.state-name'] -%}
 {%- set reason = event.resource['prefect.state-message'] | default('', true) -%}
-{%- set resume = 'moe-replay resume ' ~ name[6:] if flow == 'train' else 'retry it in the Prefect UI' -%}
+{%- set root = flow_run.parameters['config']['storage']['root'] -%}
+{%- set command = 'moe-replay resume ' ~ name[6:] ~ (' --root ' ~ root if root else '') -%}
+{%- set resume = command if flow == 'train' else 'retry it in the Prefect UI' -%}
 {"alert": {{ state | lower | tojson }}, "flow": {{ flow | tojson }}, "flow_run": {{ name | tojson }},
  "flow_run_id": {{ event.resource.id | tojson }}, "reason": {{ reason | tojson }}, "resume": {{ resume | tojson }},
  "text": {{ (name ~ ' is ' ~ state ~ ': ' ~ reason ~ ' To go on: ' ~ resume) | tojson }}}
