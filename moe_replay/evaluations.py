@@ -15,7 +15,6 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import EVALUATES_KEY
 from moe_replay.config import (
-    Config,
     EvaluationConfig,
     ModelConfig,
     RolloutConfig,
@@ -29,6 +28,7 @@ from moe_replay.config import (
 from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
 from moe_replay.preparation import check_inputs, package_versions, run_with_inputs, stored_config
+from moe_replay.settings import Config
 from moe_replay.stages.run import STAGE_SECTIONS, Run
 
 _SUBJECT_LENGTH = 48

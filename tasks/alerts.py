@@ -15,10 +15,10 @@ from prefect.types import SecretDict
 from pydantic import SecretStr
 
 from moe_replay.errors import ConfigError
+from tasks import stability
 from tasks.events import EVENT_EVERY_SECONDS, STAGE
 
 WEBHOOK_BLOCK = "moe-replay-alerts"
-ALARM = "moe-replay.stability-alarm"
 _WATCHED_FLOWS = ["train", "compare", "evaluate", "archive-gc"]
 """An iteration that fails fails its training, and is told once."""
 _SHORTEST_STALL = timedelta(seconds=2 * EVENT_EVERY_SECONDS)
@@ -126,7 +126,7 @@ def _notifying(block: UUID, stalled_after: timedelta) -> list[Automation]:
         threshold=1,
         within=stalled_after,
     )
-    unstable = EventTrigger(expect={ALARM}, posture=Posture.Reactive, threshold=1)
+    unstable = EventTrigger(expect={stability.EVENT}, posture=Posture.Reactive, threshold=1)
     calls = {
         "moe-replay: failed or crashed": (failed, _FAILED),
         "moe-replay: stalled": (stalled, _STALLED),
