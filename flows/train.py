@@ -16,7 +16,7 @@ from tasks.naming import own_run_id, training_name
 from tasks.preparation import prepare_run
 from tasks.reporting import report_results
 from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts
-from tasks.tracking import close_tracking, open_tracking, track_iteration
+from tasks.tracking import close_tracking, open_tracking, recording_system_metrics, track_iteration
 
 
 class Learned(NamedTuple):
@@ -47,11 +47,11 @@ def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[st
         succeeded = False
         try:
             learned, results = Learned(run.initial_policy), []
-            with refreshing_dashboard(run, tracked) as refresh:
+            with recording_system_metrics(run, tracked), refreshing_dashboard(run, tracked) as refresh:
                 for n in range(config.iterations):
                     learned, metrics = iterate(run, n, learned, tracked)
                     results.append(metrics)
-                    report_results(run, results)
+                    report_results(run, results, tracked)
                     refresh()
             succeeded = True
         finally:

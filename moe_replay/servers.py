@@ -18,9 +18,11 @@ from rich.console import Console
 
 from moe_replay.errors import ConfigError, EngineLost
 
+HOST = "127.0.0.1"
+MLFLOW_PORT, PREFECT_PORT = 5000, 4200
+"""Where `serve` puts them by default."""
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
-_HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 _NAMED_BY = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
@@ -61,7 +63,7 @@ def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> 
                 )
         for server in servers:
             _wait_until_healthy(server, running[server.name], logs / f"{server.name}.log")
-            console.print(f"{server.name:8} http://{_HOST}:{server.port}", highlight=False)
+            console.print(f"{server.name:8} http://{HOST}:{server.port}", highlight=False)
         if not servers:
             return
         console.print("press Ctrl-C to stop", style="dim")
@@ -87,22 +89,28 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     with socket.socket() as probe:
-        probe.bind((_HOST, 0))
+        probe.bind((HOST, 0))
         port = probe.getsockname()[1]
     logs = home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-    command += ["--host", _HOST, "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "5"]
+    command += ["--host", HOST, "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "5"]
     server = _Server("prefect", port, "", "/api/health", command, {})
     with (logs / "prefect.log").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 (our own command line)
             command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
         )
-    os.environ["PREFECT_API_URL"] = f"http://{_HOST}:{port}/api"
+    os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
+    # This server is gone when anybody follows a link; `serve` shows its database afterwards.
+    ui_is_named = "PREFECT_UI_URL" in os.environ
+    if not ui_is_named:
+        os.environ["PREFECT_UI_URL"] = f"http://{HOST}:{PREFECT_PORT}"
     try:
         yield lambda: _wait_until_healthy(server, process, logs / "prefect.log")
     finally:
         os.environ.pop("PREFECT_API_URL", None)
+        if not ui_is_named:
+            os.environ.pop("PREFECT_UI_URL", None)
         _stop(process)
 
 
@@ -117,7 +125,7 @@ def _servers(home: Path, mlflow_port: int, prefect_port: int) -> list[_Server]:
     servers = []
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
     if not tracking.startswith(("http://", "https://")):
-        where = ["--host", _HOST, "--port", str(mlflow_port), "--workers", "1"]
+        where = ["--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
         artifacts = ["--default-artifact-root", (home / "mlflow-artifacts").as_uri()]
         # By the environment, since a database's URL may hold a password and command lines are public.
         environment = {
@@ -128,8 +136,8 @@ def _servers(home: Path, mlflow_port: int, prefect_port: int) -> list[_Server]:
         command = [sys.executable, "-m", "mlflow", "server", *where, *artifacts]
         servers.append(_Server("mlflow", mlflow_port, "--mlflow-port", "/health", command, environment))
     if not os.environ.get("PREFECT_API_URL"):
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(prefect_port)]
-        environment = {"PREFECT_UI_API_URL": f"http://{_HOST}:{prefect_port}/api"}
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)]
+        environment = {"PREFECT_UI_API_URL": f"http://{HOST}:{prefect_port}/api"}
         servers.append(_Server("prefect", prefect_port, "--prefect-port", "/api/health", command, environment))
     return servers
 
@@ -138,9 +146,9 @@ def _require_free(server: _Server) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((_HOST, server.port))
+            probe.bind((HOST, server.port))
         except OSError as error:
-            raise ConfigError(f"port {server.port} on {_HOST} is taken; choose another with {server.option}") from error
+            raise ConfigError(f"port {server.port} on {HOST} is taken; choose another with {server.option}") from error
 
 
 def _wait_until_healthy(server: _Server, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -149,7 +157,7 @@ def _wait_until_healthy(server: _Server, process: subprocess.Popen[bytes], log: 
         if process.poll() is not None:
             raise EngineLost(f"the {server.name} server ended with exit code {process.returncode}; its log is {log}")
         try:
-            address = f"http://{_HOST}:{server.port}{server.health}"
+            address = f"http://{HOST}:{server.port}{server.health}"
             with urllib.request.urlopen(address, timeout=2):
                 return
         except (urllib.error.URLError, OSError):

@@ -55,6 +55,11 @@ class StageProgress:
             self._report(100 * done / total, f"{done} of {total} {what}")
             self._next_report = time.monotonic() + _REPORT_EVERY_SECONDS
 
+    def finish(self) -> None:
+        """Say that the stage is through, where somebody was told how far it is."""
+        if self._artifact is not None:
+            self._report(100.0, "done")
+
     def _report(self, percent: float, description: str) -> None:
         try:
             if self._artifact is None:

@@ -101,13 +101,15 @@ def _on_engine(
         process = pool.rollout() if engine == "rollout" else pool.training()
         progress = StageProgress(run.run_id, stage, iteration)
         try:
-            return process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
+            made = process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
         except StabilityAlarm:
             raise
         except BaseException as error:
             progress(0, 0, f"stopped by {type(error).__name__}")
             pool.discard(engine)
             raise
+        progress.finish()
+        return made
 
     return _unless_committed(run, stage, iteration, inputs, work)
 

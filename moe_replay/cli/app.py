@@ -28,6 +28,7 @@ from moe_replay.cli.predictor import fit, report
 from moe_replay.cli.training import resume, run
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, ReplayError, StabilityAlarm
+from moe_replay.servers import MLFLOW_PORT, PREFECT_PORT, serve
 
 app = App(
     name="moe-replay",
@@ -142,8 +143,6 @@ def reasoning_gym(task: str, out: Path, *, size: int = 512, seed: int = 0) -> No
 
 
 @app.command
-def ui(*, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
+def ui(*, mlflow_port: int = MLFLOW_PORT, prefect_port: int = PREFECT_PORT) -> None:
     """Start the MLflow UI and the Prefect server on loopback, until interrupted."""
-    from moe_replay.servers import serve
-
     serve(make_home(), mlflow_port, prefect_port, console)

@@ -14,12 +14,21 @@ from moe_replay.config import parse_config, run_root
 from moe_replay.errors import ConfigError
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object and nothing else.")]
+Quiet = Annotated[
+    bool, Parameter(name="--quiet", negative="", help="Print the name of what was made and errors, nothing else.")
+]
 Root = Annotated[str | None, Parameter(name="--root", help="fsspec URL under which runs lie.")]
 
 out = Console()
 """Standard output, for results."""
 err = Console(stderr=True)
 """Standard error, for what a program that reads the results must not see."""
+_nowhere = Console(quiet=True, force_terminal=False)
+
+
+def console_for_progress(as_json: bool, quiet: bool) -> Console:
+    """Where progress is shown: apart from what a program reads, and nowhere when nobody wants it."""
+    return _nowhere if quiet else err if as_json else out
 
 
 def root_of(root: str | None) -> str:

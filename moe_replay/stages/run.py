@@ -149,3 +149,8 @@ class Run(BaseModel):
     def open(self, ref: ArtifactRef) -> Artifact:
         """A committed artifact of this run."""
         return self.store().open(ref)
+
+
+def as_argument(config: RunConfig, run_id: str) -> str:
+    """The run as a command has to name it."""
+    return f"{run_id} --root {config.storage.root}" if config.storage.root else run_id
