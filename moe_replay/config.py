@@ -162,7 +162,7 @@ class StorageConfig(Config):
     """Where artifacts live."""
 
     root: str | None = None
-    """Any fsspec URL (`s3://bucket/runs`, a folder); by default `runs` under MOE_REPLAY_HOME."""
+    """Any fsspec URL (`s3://bucket/runs`, a folder); by default MOE_REPLAY_ROOT, else `runs` under MOE_REPLAY_HOME."""
     chunk_tokens: PositiveInt = 65536
     """Tokens per chunk of the routing archive, the least that a partial read touches in one layer."""
     codec: Literal["expert-set", "zstd"] = "expert-set"
@@ -291,8 +291,10 @@ def home_folder() -> Path:
 
 
 def run_root(config: RunConfig) -> str:
-    """The URL under which the run's folder lies."""
-    return config.storage.root or (home_folder() / "runs").as_uri()
+    """The URL under which the run's folder lies. Raises ConfigError when MOE_REPLAY_ROOT can't be one."""
+    if root := config.storage.root or os.environ.get("MOE_REPLAY_ROOT"):
+        return parse_config({"storage": {"root": root}}).storage.root or root
+    return (home_folder() / "runs").as_uri()
 
 
 def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
