@@ -10,7 +10,7 @@ from moe_replay.config import RunConfig
 from moe_replay.stages.run import Run
 from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
-from tasks.preparation import prepare_run
+from tasks.preparation import prepared_run
 from tasks.reporting import report_results
 from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts, train_replayed
 from tasks.tracking import close_tracking, open_tracking, track_iteration
@@ -31,13 +31,12 @@ def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[st
     """Train a Mixture-of-Experts policy with routing replay.
 
     The same `run_id` continues a run at its first stage without a commit. Without one the flow run's own name is
-    taken, so that retrying the flow run continues it too.
+    taken, so that retrying the flow run continues it too. A run that another runner works on is refused.
 
     Returns:
         `run_id`, `root` and `mlflow_run_id`.
     """
-    run = prepare_run(config, run_id or f"run-{str(flow_run.id)[:8]}")
-    with running_engines(run):
+    with prepared_run(config, run_id or f"run-{str(flow_run.id)[:8]}") as run, running_engines(run):
         tracked = open_tracking(run)
         succeeded = False
         try:

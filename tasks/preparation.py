@@ -1,11 +1,15 @@
-"""The task that makes a run ready."""
+"""The task that makes a run ready, and the hold on the run before and after it."""
 
-from prefect import task
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.config import RunConfig
 from moe_replay.preparation import prepare
 from moe_replay.stages.run import Run
+from tasks.lease import holding_run
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
 
@@ -16,3 +20,16 @@ from tasks.retry import is_transient
 def prepare_run(config: RunConfig, run_id: str) -> Run:
     """Check the inputs, fetch or make model and data, and create or reopen the run."""
     return prepare(config, run_id, StageProgress(run_id, "prepare", 0))
+
+
+@contextmanager
+def prepared_run(config: RunConfig, run_id: str) -> Iterator[Run]:
+    """The run, prepared, and no other runner's for as long as the block. Raises RunInUse when another has it."""
+    waiting = StageProgress(run_id, "lease", 0)
+
+    def tell(what: str) -> None:
+        get_run_logger().info(what)
+        waiting(0, 0, what)
+
+    with holding_run(config, run_id, tell):
+        yield prepare_run(config, run_id)

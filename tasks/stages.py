@@ -14,6 +14,7 @@ from moe_replay.config import StagesConfig
 from moe_replay.interrupts import raise_lost_interrupt
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
+from tasks.lease import require_lease
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
 
@@ -95,6 +96,8 @@ def _on_engine(
     def work() -> ArtifactRef:
         process = pool.rollout() if engine == "rollout" else pool.training()
         progress = StageProgress(run.run_id, stage, iteration)
+        # An engine may have been built for minutes.
+        require_lease(run)
         try:
             return process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
         except BaseException as error:
@@ -109,8 +112,13 @@ def _unless_committed(
     run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], work: Callable[[], ArtifactRef]
 ) -> ArtifactRef:
     raise_lost_interrupt()
+    require_lease(run)
     found = run.find(stage, iteration, inputs)
     if found is not None:
         get_run_logger().info("%s of iteration %d is committed already, skipped", stage, iteration)
         return found
-    return work()
+    # Reading the commit may have taken long, and so does the work.
+    require_lease(run)
+    made = work()
+    require_lease(run)
+    return made
