@@ -11,7 +11,7 @@ from moe_replay.archive.lease import Pace, holding
 from moe_replay.archive.storage import Storage
 from moe_replay.errors import LeaseLost, RunInUse
 
-QUICK = Pace(beat_seconds=0.1, ttl_seconds=1.0)
+QUICK = Pace(beat_seconds=0.15, ttl_seconds=1.5)
 
 
 def say(what: str) -> None:

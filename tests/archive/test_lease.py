@@ -141,28 +141,28 @@ def test_a_runner_takes_over_at_once_from_one_that_was_killed_here(run, start):
     while find_holder(Storage.at(str(run))):
         time.sleep(0.01)
     told: list[str] = []
-    assert take(run, told) < 0.5
+    assert take(run, told) < QUICK.ttl_seconds
     assert told == []
     assert not run.exists()
 
 
 def test_a_process_that_got_the_pid_of_a_dead_runner_does_not_keep_the_run(run):
     put(run, claim_of(here(pid=os.getppid(), started=1)))
-    assert take(run) < 0.5
+    assert take(run) < QUICK.ttl_seconds
 
 
 def test_a_claim_that_this_process_could_not_remove_does_not_keep_it_from_the_run(run):
     put(run, claim_of(here()))
-    assert take(run) < 0.5
+    assert take(run) < QUICK.ttl_seconds
 
 
 @pytest.mark.parametrize("change", [{"host": "far"}, {"boot": "ffff"}, {"pid_namespace": 1}], ids=str)
 def test_a_silent_claim_from_elsewhere_is_taken_over_after_the_time_to_live(run, change):
     put(run, claim_of(here(pid=2**22 + 1, **change)))
     told: list[str] = []
-    assert QUICK.ttl_seconds < take(run, told) < QUICK.ttl_seconds + 1
+    assert QUICK.ttl_seconds < take(run, told) < QUICK.ttl_seconds + 5
     assert told[0].startswith(f"waiting for the runner {change.get('host', here().host)} pid 4194305, last heard of")
-    assert "when it stays silent for another 1 s" in told[0]
+    assert "when it stays silent for another 2 s" in told[0]
 
 
 def test_a_claim_from_elsewhere_that_beats_keeps_the_run(run):

@@ -185,7 +185,6 @@ def test_interrupt_ends_everything_and_says_how_to_go_on(tmp_path: Path, monkeyp
     assert psutil.wait_procs(family, timeout=10)[1] == [], "something outlived the command"
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
 def test_interrupted_comparison_says_how_to_go_on(tmp_path: Path) -> None:
     asked = ("compare", "--methods=grpo,r3", "--seeds=0", "--iterations=9", f"--root={tmp_path}")
@@ -205,12 +204,9 @@ def test_interrupted_comparison_says_how_to_go_on(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*-r3-s0")), "the comparison went on to its next run"
 
 
-def test_stage_whose_engine_dies_at_work_is_retried_with_a_fresh_one(tmp_path: Path, prefect_api: str) -> None:
-=======
 def test_stage_whose_engine_dies_is_retried_with_a_fresh_one_and_a_second_runner_is_refused_meanwhile(
     tmp_path: Path, prefect_api: str
 ) -> None:
->>>>>>> b58736f (One runner at a time: a lease with heartbeat in the run's own storage, without conditional put; the dead are taken over, the silent find out)
     process = start("run", "--run-id=lost", "--iterations=1", f"--root={tmp_path.as_uri()}", "--json", settings=EXACT)
     wait_for(tmp_path / "lost/iterations/00000", "_attempt-training-*/_attempt.json")
     for engine in psutil.Process(process.pid).children():
