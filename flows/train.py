@@ -13,7 +13,7 @@ from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
 from tasks.failures import LOGGED_FAILURES
 from tasks.naming import own_run_id, training_name
-from tasks.preparation import prepare_run
+from tasks.preparation import prepared_run
 from tasks.reporting import report_results
 from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts
 from tasks.tracking import close_tracking, open_tracking, recording_system_metrics, track_iteration
@@ -36,13 +36,12 @@ def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[st
     Args:
         config: The run's settings.
         run_id: The same continues a run at its first stage without a commit. Without one the flow run's own name is
-            taken, so that retrying the flow run continues it too.
+            taken, so that retrying the flow run continues it too. A run that another runner works on is refused.
 
     Returns:
         `run_id`, `root` and `mlflow_run_id`.
     """
-    run = prepare_run(config, own_run_id())
-    with running_engines(run):
+    with prepared_run(config, own_run_id()) as run, running_engines(run):
         tracked = open_tracking(run)
         succeeded = False
         try:

@@ -22,6 +22,14 @@ class ArchiveCorrupt(ReplayError, ValueError):
     """Permanent: a stored object is missing, truncated, altered or of another run."""
 
 
+class RunInUse(ReplayError, RuntimeError):
+    """Permanent: another runner works on the run; once it has ended the same command goes on."""
+
+
+class LeaseLost(ReplayError, RuntimeError):
+    """Permanent: another runner took the run over, since this one gave no sign of life for a while."""
+
+
 class EngineFailed(ReplayError, RuntimeError):
     """Permanent: an engine raised an error of its own; its log has the traceback."""
 

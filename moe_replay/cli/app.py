@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cyclopts import App
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.claims import Claim, find_holder
 from moe_replay.archive.layout import EVALUATES_KEY
 from moe_replay.cli.alerts import install
 from moe_replay.cli.archive import inspect, verify
@@ -78,7 +80,7 @@ def main() -> None:
 
 @app.command
 def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
-    """Show which stages of each iteration are committed, from storage alone.
+    """Show which stages of each iteration are committed and who runs the run, from storage alone.
 
     Parameters
     ----------
@@ -92,6 +94,7 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
     stages = [stage for stage in stages if stage.stage != "predictor" or method.get("predictor")]
     if EVALUATES_KEY in document:
         stages = [stage for stage in stages if stage.stage == "evaluation"]
+    holder = find_holder(store.folder)
     if json_:
         rows = [
             {
@@ -105,7 +108,7 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
             }
             for s in stages
         ]
-        print(json.dumps({"run_id": run_id, "root": root_of(root), "stages": rows}))
+        print(json.dumps({"run_id": run_id, "root": root_of(root), "running": _running(holder), "stages": rows}))
         return
     table = Table(title=f"run {run_id}", title_justify="left")
     for heading in ("iteration", "stage", "state", "bytes", "expired", "seconds"):
@@ -116,6 +119,21 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
             str(s.iteration), s.stage, s.state, *(f"{n:,}" if n else "-" for n in (s.bytes, s.expired_bytes)), seconds
         )
     console.print(table)
+    if running := _running(holder):
+        told = "running: {host} pid {pid} since {since}, heartbeat {heartbeat_seconds_ago:.0f} s ago"
+        console.print(told.format(**running), highlight=False, markup=False, soft_wrap=True)
+
+
+def _running(holder: Claim | None) -> dict[str, str | int | float] | None:
+    """Who has the run; the age of the heartbeat is right as far as its clock and ours agree."""
+    if holder is None:
+        return None
+    return {
+        "host": holder.runner.host,
+        "pid": holder.runner.pid,
+        "since": holder.began.isoformat(timespec="seconds"),
+        "heartbeat_seconds_ago": max(0.0, (datetime.now(UTC) - holder.at).total_seconds()),
+    }
 
 
 @data.command(name="reasoning-gym")

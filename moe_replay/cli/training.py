@@ -101,11 +101,16 @@ def _train(config: RunConfig, run_id: str, as_json: bool, quiet: bool) -> None:
 
     # Before Prefect is imported: that takes seconds, and wants to make its home.
     preflight(config, run_id)
+
+    def tell(what: str) -> None:
+        err.print(what, highlight=False, markup=False, soft_wrap=True)
+
     # The display and our own errors tell what Prefect would log here; its own interface still shows every line.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from moe_replay.servers import prefect_server
+    from tasks.lease import holding_run
 
-    with prefect_server(make_home()) as wait_for_prefect:
+    with holding_run(config, run_id, tell), prefect_server(make_home()) as wait_for_prefect:
         done = _run_flow(config, run_id, console_for_progress(as_json, quiet), wait_for_prefect)
     store = RunStore(done["root"], run_id)
     if as_json:

@@ -198,15 +198,22 @@ def test_interrupted_comparison_says_how_to_go_on(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*-r3-s0")), "the comparison went on to its next run"
 
 
-def test_stage_whose_engine_dies_at_work_is_retried_with_a_fresh_one(tmp_path: Path, prefect_api: str) -> None:
+def test_stage_whose_engine_dies_is_retried_with_a_fresh_one_and_a_second_runner_is_refused_meanwhile(
+    tmp_path: Path, prefect_api: str
+) -> None:
     process = start("run", "--run-id=lost", "--iterations=1", f"--root={tmp_path.as_uri()}", "--quiet", settings=EXACT)
     wait_for(tmp_path / "lost/iterations/00000", "_attempt-training-*/_attempt.json")
     for engine in psutil.Process(process.pid).children():
         if "multiprocessing.spawn" in " ".join(engine.cmdline()):
             os.kill(engine.pid, signal.SIGKILL)
+    second = start("resume", "lost", f"--root={tmp_path.as_uri()}", "--json")
+    refused = second.communicate(timeout=120)
     out, err = process.communicate(timeout=600)
 
+    assert (second.returncode, refused[0]) == (1, "")
+    assert f"pid {process.pid} runs it since" in refused[1]
     assert (process.returncode, out) == (0, "lost\n"), err
+    assert not (tmp_path / "lost/_lease").exists()
     assert RunStore(tmp_path.as_uri(), "lost").commit_of("evaluation", 0) is not None
     attempts = {task["name"]: task["run_count"] for task in tasks_of(prefect_api, ["lost-0"])}
     assert (attempts["rollout-0"], attempts["training-0"]) == (1, 2)
