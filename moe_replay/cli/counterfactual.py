@@ -85,13 +85,13 @@ def _ask(
     after = store.commit_of("training", number) if number in trained else None
     if after is None:
         raise ConfigError(f"run {store.run_id} has no checkpoint of iteration {number}; it has those of {trained}")
+    chosen = _methods(methods.split(",") if methods is not None else tellable_methods(store, taken))
+    require_replayable(store, taken, chosen)
     if number < taken - 1:
         raise ConfigError(
             f"the checkpoint of iteration {number} is older than the policy that sampled iteration {taken}, that of "
             f"{taken - 1}, and no policy after it; take one from {taken - 1} on"
         )
-    chosen = _methods(methods.split(",") if methods is not None else tellable_methods(store, taken))
-    require_replayable(store, taken, chosen)
     run = prepare(config, store.run_id, _progress)
     pool = EnginePool(run.model, run.model_sha256, config.rollout, config.training, make_home() / "logs" / store.run_id)
     try:

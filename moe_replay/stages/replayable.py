@@ -9,8 +9,8 @@ from moe_replay.methods import Method
 
 
 def is_predicted(rollout: Artifact) -> bool:
-    """Whether a rollout was served under a predictor that is not zero, so that its routes are PR2's and not R3's."""
-    return "predictor/merge_fidelity" in rollout.commit.metrics
+    """Whether a rollout was served under a predictor, so that the routes captured are PR2's and not R3's."""
+    return "predictor" in rollout.commit.inputs
 
 
 def require_replayable(store: RunStore, iteration: int, methods: Sequence[Method]) -> Artifact:
