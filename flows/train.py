@@ -29,23 +29,28 @@ class Learned(NamedTuple):
 
 
 @flow(name="train", flow_run_name="train-{run_id}", persist_result=False)
-def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[str, str]:  # noqa: B008 (frozen)
+def train(
+    config: RunConfig = RunConfig(),  # noqa: B008 (frozen)
+    run_id: str | None = None,
+    allow_config_change: list[str] = [],  # noqa: B006 (never changed)
+) -> dict[str, str]:
     """Train a Mixture-of-Experts policy with routing replay.
 
     The same `run_id` continues a run at its first stage without a commit. Without one the flow run's own name is
-    taken, so that retrying the flow run continues it too.
+    taken, so that retrying the flow run continues it too. A run that exists has to be given the config that it has,
+    but for the keys of `allow_config_change`: `iterations`, `evaluation` or any below it.
 
     Returns:
         `run_id`, `root` and `mlflow_run_id`.
     """
-    run = prepare_run(config, run_id or f"run-{str(flow_run.id)[:8]}")
+    run = prepare_run(config, run_id or f"run-{str(flow_run.id)[:8]}", allow_config_change)
     with running_engines(run):
         tracked = open_tracking(run)
         succeeded = False
         try:
             learned, results = Learned(run.initial_policy), []
             with refreshing_dashboard(run, tracked) as refresh:
-                for n in range(config.iterations):
+                for n in run.plan.iterations:
                     learned, metrics = iterate(run, n, learned, tracked)
                     results.append(metrics)
                     report_results(run, results)
@@ -71,6 +76,6 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
     # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
     if method.predictor and not is_skipped(run.open(policy)):
         predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
-    if run.config.evaluates(n):
+    if run.plan.evaluates(n):
         configured(evaluate_policy, stages)(run, n, policy)
     return Learned(policy, predictor, trainings), track_iteration(run, tracked, n)

@@ -1,5 +1,7 @@
 """The task that makes a run ready."""
 
+from collections.abc import Sequence
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -13,6 +15,6 @@ from tasks.retry import is_transient
 @task(
     name="prepare", task_run_name="prepare-{run_id}", cache_policy=NO_CACHE, retries=1, retry_condition_fn=is_transient
 )
-def prepare_run(config: RunConfig, run_id: str) -> Run:
+def prepare_run(config: RunConfig, run_id: str, allow_config_change: Sequence[str] = ()) -> Run:
     """Check the inputs, fetch or make model and data, and create or reopen the run."""
-    return prepare(config, run_id, StageProgress(run_id, "prepare", 0))
+    return prepare(config, run_id, StageProgress(run_id, "prepare", 0), allow_config_change)

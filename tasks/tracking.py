@@ -5,7 +5,7 @@ resumed run finds what is there and adds only what is missing.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def open_tracking(run: Run) -> str:
         client.update_run(run_id, status="RUNNING")
         if _SETTINGS_LOGGED not in found[0].data.tags:
             _log_settings(client, run_id, run.config)
+        _log_changeable(client, run_id, run.config, found[0].data.tags)
         return run_id
     config = run.config
     tags = {
@@ -88,6 +89,7 @@ def open_tracking(run: Run) -> str:
     }
     run_id = client.create_run(experiment_id, run_name=run.run_id, tags=tags).info.run_id
     _log_settings(client, run_id, config)
+    _log_changeable(client, run_id, config, {})
     return run_id
 
 
@@ -107,6 +109,13 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
     metrics = iteration_metrics(run.store(), iteration)
     client = _client(run.home)
     logged = int(client.get_run(mlflow_run_id).data.tags.get(_ITERATIONS, "0"))
+    if iteration == logged - 1:
+        # The last is evaluated late where fewer iterations were asked for than at first.
+        late = [
+            key for key in metrics if key.startswith("eval/") and not _is_logged(client, mlflow_run_id, key, iteration)
+        ]
+        moment = _milliseconds(run, iteration)
+        client.log_batch(mlflow_run_id, metrics=[Metric(key, metrics[key], moment, iteration) for key in late])
     if iteration >= logged:
         moment = _milliseconds(run, iteration)
         client.log_batch(
@@ -198,3 +207,17 @@ def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in (settings | versions).items()])
     client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
     client.set_tag(run_id, _SETTINGS_LOGGED, "true")
+
+
+def _log_changeable(client: Any, run_id: str, config: RunConfig, before: Mapping[str, str]) -> None:
+    """Log what may change while a run goes on, as tags and as `config.json`: parameters can't be overwritten."""
+    from mlflow.entities import RunTag
+
+    now = {"iterations": str(config.iterations), "evaluation": config.evaluation.model_dump_json()}
+    if any(before.get(key) != value for key, value in now.items()):
+        client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in now.items()])
+
+
+def _is_logged(client: Any, run_id: str, key: str, step: int) -> bool:
+    return any(point.step == step for point in client.get_metric_history(run_id, key))

@@ -12,6 +12,8 @@ STAGES = ("rollout", "routes", "training", "predictor", "evaluation")
 """The stages of one iteration, in the order in which they run."""
 
 RUN_FILE = "run.json"
+ABOUT_KEY = "about"
+"""Key in `run.json` of what may change while the run goes on, and what is told of it for people."""
 IMPORTS_KEY = "imported_routes"
 """Key in `run.json` of a run that holds imported routes and is never trained."""
 COMMIT_FILE = "_committed.json"

@@ -14,10 +14,23 @@ from rich.console import Console
 from moe_replay.alarm import Action
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
-from moe_replay.config import RunConfig, load_config, parse_override
+from moe_replay.config import RunConfig, load_config, overridden, parse_override
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError, EngineLost
 from moe_replay.interrupts import interruptible
+
+Settings = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative="", help="A setting as key=value with a dotted key; may be repeated."),
+]
+AllowConfigChange = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--allow-config-change",
+        negative="",
+        help="A key in which the run's config may change: iterations, evaluation or any below it; may be repeated.",
+    ),
+]
 
 
 def run(
@@ -26,7 +39,8 @@ def run(
     method: str | None = None,
     iterations: int | None = None,
     run_id: str | None = None,
-    set_: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
+    set_: Settings = None,
+    allow_config_change: AllowConfigChange = None,
     root: Root = None,
     json_: Json = False,
 ) -> None:
@@ -42,8 +56,6 @@ def run(
         Rollout-and-train cycles.
     run_id
         Name of the run; a name that exists continues that run.
-    set_
-        A setting as key=value with a dotted key; may be repeated.
     """
     overrides: dict[str, Any] = {}
     if method is not None:
@@ -56,10 +68,18 @@ def run(
     settings = load_config(config, overrides)
     if run_id is None:
         run_id = f"{settings.method.name}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-    _train(settings, run_id, json_)
+    _train(settings, run_id, allow_config_change or [], json_)
 
 
-def resume(run_id: str, *, decide: Action | None = None, root: Root = None, json_: Json = False) -> None:
+def resume(
+    run_id: str,
+    *,
+    decide: Action | None = None,
+    set_: Settings = None,
+    allow_config_change: AllowConfigChange = None,
+    root: Root = None,
+    json_: Json = False,
+) -> None:
     """Continue a run at its first stage that is not committed, with the config it was started with.
 
     Parameters
@@ -69,14 +89,14 @@ def resume(run_id: str, *, decide: Action | None = None, root: Root = None, json
     decide
         What becomes of the batch that the stability alarm stopped at.
     """
-    from moe_replay.preparation import stored_config
+    from moe_replay.plan import stored_config
 
     store = RunStore(root_of(root), run_id)
-    config = stored_config(store)
+    stored = stored_config(store)
     if decide is not None:
-        _decide(store, config, decide)
-    storage = config.storage.model_copy(update={"root": root})
-    _train(config.model_copy(update={"storage": storage}), run_id, json_)
+        _decide(store, stored, decide)
+    overrides = dict(parse_override(text) for text in set_ or [])
+    _train(overridden(stored, {**overrides, "storage.root": root}), run_id, allow_config_change or [], json_)
 
 
 def _decide(store: RunStore, config: RunConfig, action: Action) -> None:
@@ -91,18 +111,18 @@ def _decide(store: RunStore, config: RunConfig, action: Action) -> None:
     batch.decide(config, action, "person")
 
 
-def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
+def _train(config: RunConfig, run_id: str, allow_config_change: list[str], as_json: bool) -> None:
     """Run the flow in this process, showing progress on standard error when standard output is for a program."""
     from moe_replay.preparation import preflight
 
     # Before Prefect is imported: that takes seconds, and wants to make its home.
-    preflight(config, run_id)
+    preflight(config, run_id, allow_config_change)
     # The display and our own errors tell what Prefect would log here; its own interface still shows every line.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from moe_replay.servers import prefect_server
 
     with prefect_server(make_home()) as wait_for_prefect:
-        done = _run_flow(config, run_id, err if as_json else out, wait_for_prefect)
+        done = _run_flow(config, run_id, allow_config_change, err if as_json else out, wait_for_prefect)
     store = RunStore(done["root"], run_id)
     if as_json:
         from moe_replay.reports.results import iteration_metrics
@@ -120,7 +140,13 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
     )
 
 
-def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect: Callable[[], None]) -> dict[str, str]:
+def _run_flow(
+    config: RunConfig,
+    run_id: str,
+    allow_config_change: list[str],
+    console: Console,
+    wait_for_prefect: Callable[[], None],
+) -> dict[str, str]:
     """Prepare the run and start its engines while Prefect's server starts, then run the flow under a live display."""
     from moe_replay.display import RunDisplay
     from moe_replay.preparation import prepare
@@ -139,7 +165,10 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
         try:
             with interruptible():
                 ready = prepare(
-                    config, run_id, lambda done, total, what: display.on_progress("prepare", done, total, what)
+                    config,
+                    run_id,
+                    lambda done, total, what: display.on_progress("prepare", done, total, what),
+                    allow_config_change,
                 )
                 if not ready.is_complete():
                     engines_of(ready).start()
@@ -148,7 +177,7 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
 
                 wait_for_prefect()
                 try:
-                    return train(config, run_id)
+                    return train(config, run_id, allow_config_change)
                 finally:
                     flush_logs()
         except KeyboardInterrupt:

@@ -14,8 +14,9 @@ from moe_replay.archive.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTOR
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.errors import ConfigError, RoutingMismatch
+from moe_replay.plan import EarlierConfig, RunPlan
 from moe_replay.seeds import derive_seed
-from moe_replay.stages.decisions import is_skipped
+from moe_replay.stages.completion import missing_stages
 
 _INITIAL = "model://initial"
 
@@ -73,6 +74,8 @@ class Run(BaseModel):
     home: Path
     """Local folder for logs and scratch files."""
     config: RunConfig
+    earlier: tuple[EarlierConfig, ...] = ()
+    """Settings that the run had before they were changed, oldest first."""
     model: Path
     """The model that the run starts from, on local disk."""
     model_sha256: str
@@ -82,6 +85,11 @@ class Run(BaseModel):
     def store(self) -> RunStore:
         """The run's artifacts."""
         return RunStore(self.root, self.run_id)
+
+    @property
+    def plan(self) -> RunPlan:
+        """Which iterations and stages the run has."""
+        return RunPlan(config=self.config, earlier=self.earlier)
 
     def seed(self, *what: str | int) -> int:
         """The seed for one purpose (see `derive_seed`)."""
@@ -96,15 +104,12 @@ class Run(BaseModel):
 
         Raises ConfigError when the stage was committed from others.
         """
-        return self.store().find(stage, iteration, inputs, self.digest(stage))
+        earlier = {before.config.digest(*STAGE_SECTIONS[stage]) for before in self.earlier}
+        return self.store().find(stage, iteration, inputs, self.digest(stage), earlier)
 
     def is_complete(self) -> bool:
         """Whether the last iteration's stages are committed, so that no engine is needed."""
-        last, store = self.config.iterations - 1, self.store()
-        training = store.committed("training", last)
-        needed = ["evaluation"] if self.config.evaluates(last) else []
-        needed += ["predictor"] if self.config.method.predictor and training and not is_skipped(training) else []
-        return training is not None and all(store.commit_of(stage, last) is not None for stage in needed)
+        return not missing_stages(self.store(), self.plan, self.config.iterations - 1)
 
     @property
     def initial_policy(self) -> ArtifactRef:
