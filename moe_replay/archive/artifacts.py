@@ -96,7 +96,11 @@ class RunStore:
         if problem := self._difference(changed, document):
             raise ConfigError(problem)
         if changed != self.read_run():
-            self._run.write(RUN_FILE, canonical_json(changed))
+            self.rewrite_run(changed)
+
+    def rewrite_run(self, document: dict[str, Any]) -> None:
+        """Put another `run.json` in the place of the one that is there; readers see the old or the new one whole."""
+        self._run.write(RUN_FILE, canonical_json(document))
 
     def read_run(self) -> dict[str, Any]:
         """The document in `run.json`; raises ConfigError when there is no such run."""

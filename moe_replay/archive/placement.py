@@ -10,7 +10,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from moe_replay.archive.commits import canonical_json
-from moe_replay.archive.layout import attempted_stage, check_object_path, placement_file
+from moe_replay.archive.layout import STAGES, attempted_stage, check_object_path, placement_file
 from moe_replay.archive.storage import Storage
 from moe_replay.errors import ArchiveCorrupt
 
@@ -38,13 +38,16 @@ class Placement(_Record):
     """Where the objects of one commit are."""
 
     folder: str | None = None
-    """Name, beside the stage's folder, of the attempt's folder that holds them; none when the stage's folder does."""
+    """Name, beside the stage's folder, of the folder that holds them; none when the stage's folder does.
+
+    That is an attempt's, or of something superseded the stage's own.
+    """
     expiry: Expiry | None = None
 
     @field_validator("folder")
     @classmethod
     def _attempts_folder(cls, folder: str | None) -> str | None:
-        if folder is not None and attempted_stage(folder) is None:
+        if folder is not None and folder not in STAGES and attempted_stage(folder) is None:
             raise ValueError(f"{folder[:80]!r} is no attempt's folder")
         return folder
 

@@ -11,17 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.retention import (
-    GRACE,
-    Findings,
-    Removable,
-    Retention,
-    find_probes,
-    find_removable,
-    find_unborn,
-    remove,
-    runs_under,
-)
+from moe_replay.archive.leftovers import GRACE, find_probes, find_unborn, runs_under
+from moe_replay.archive.removal import Findings, Removable, remove
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.cli.console import Json, Root, out, root_of
 from moe_replay.errors import ArchiveCorrupt
 

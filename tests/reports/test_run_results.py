@@ -10,7 +10,8 @@ from run_samples import CONFIG, DIGEST, add_iteration, in_memory, make_run
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import IMPORTS_KEY
 from moe_replay.archive.log_probs import LogProbs
-from moe_replay.archive.retention import Retention, find_removable, remove
+from moe_replay.archive.removal import remove
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 from moe_replay.reports.extremes import THRESHOLDS_B, ExtremeCurve
 from moe_replay.reports.runs import RunReader, read_results
