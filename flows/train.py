@@ -54,7 +54,7 @@ def train(
                     learned, metrics = iterate(run, n, learned, tracked)
                     results.append(metrics)
                     report_results(run, results)
-                    refresh()
+                    refresh(n)
             succeeded = True
         finally:
             close_tracking(run, tracked, succeeded)

@@ -14,6 +14,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.alarm import ALARM_METRIC
+from moe_replay.archive.superseding import generation_of
 from moe_replay.config import RunConfig, home_folder
 from moe_replay.dotted import dotted
 from moe_replay.errors import TrackingUnavailable
@@ -25,6 +26,8 @@ from tasks.retry import is_transient
 
 RUN_KEY = "moe_replay.run"
 """Tag by which a training run finds its MLflow run again."""
+SUPERSEDED_BY = "superseded_by"
+"""Tag of an MLflow run whose iterations were partly superseded: the id of the one that took its place."""
 _REPORT_OF = "moe_replay.report_of"
 COMPARISON = "comparison"
 """Tag that the runs of one comparison share."""
@@ -74,6 +77,7 @@ def open_tracking(run: Run) -> str:
         if _SETTINGS_LOGGED not in found[0].data.tags:
             _log_settings(client, run_id, run.config)
         _log_changeable(client, run_id, run.config, found[0].data.tags)
+        _close_earlier(client, experiment_id, run, run_id)
         return run_id
     config = run.config
     tags = {
@@ -90,6 +94,7 @@ def open_tracking(run: Run) -> str:
     run_id = client.create_run(experiment_id, run_name=run.run_id, tags=tags).info.run_id
     _log_settings(client, run_id, config)
     _log_changeable(client, run_id, config, {})
+    _close_earlier(client, experiment_id, run, run_id)
     return run_id
 
 
@@ -165,10 +170,24 @@ def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
         get_run_logger().warning("MLflow run %s could not be closed (%s)", mlflow_run_id, type(error).__name__)
 
 
-def _key(run: Run) -> str:
-    """Tells a run from one of the same name that was deleted: where it is, and when and by whom it was created."""
+def _key(run: Run, generation: int | None = None) -> str:
+    """Tells a run from one of the same name that was deleted: where it is, and when and by whom it was created.
+
+    Also from itself before something of it was superseded, whose points in MLflow can't be taken back.
+    """
     about = run.store().read_run().get("about", {})
-    return f"{run.store().name}#{about.get('created_as', '')}"
+    number = generation_of(run.store()) if generation is None else generation
+    return f"{run.store().name}#{about.get('created_as', '')}{f'#{number}' if number else ''}"
+
+
+def _close_earlier(client: Any, experiment_id: str, run: Run, mlflow_run_id: str) -> None:
+    """Tell what was logged before something was superseded that this MLflow run took its place."""
+    for generation in range(generation_of(run.store())):
+        wanted = f"tags.`{RUN_KEY}` = '{_key(run, generation)}'"
+        for earlier in client.search_runs([experiment_id], wanted):
+            client.set_tag(earlier.info.run_id, SUPERSEDED_BY, mlflow_run_id)
+            if earlier.info.status == "RUNNING":
+                client.set_terminated(earlier.info.run_id, "KILLED")
 
 
 def _milliseconds(run: Run, iteration: int) -> int:

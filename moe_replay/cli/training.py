@@ -77,6 +77,9 @@ def resume(
     decide: Action | None = None,
     set_: Settings = None,
     allow_config_change: AllowConfigChange = None,
+    from_stage: str | None = None,
+    iteration: int | None = None,
+    yes: Annotated[bool, Parameter(negative="")] = False,
     root: Root = None,
     json_: Json = False,
 ) -> None:
@@ -88,15 +91,32 @@ def resume(
         The run.
     decide
         What becomes of the batch that the stability alarm stopped at.
+    from_stage
+        First supersede what this stage (rollout, routes, training, predictor, evaluation) of --iteration committed, and
+        all that was made from it; it is made again, and kept for archive gc.
+    iteration
+        Of --from-stage, counted from 0.
+    yes
+        Supersede without asking.
     """
+    from moe_replay.cli.superseding import supersede_from
     from moe_replay.plan import stored_config
+    from moe_replay.preparation import preflight
 
     store = RunStore(root_of(root), run_id)
     stored = stored_config(store)
     if decide is not None:
         _decide(store, stored, decide)
     overrides = dict(parse_override(text) for text in set_ or [])
-    _train(overridden(stored, {**overrides, "storage.root": root}), run_id, allow_config_change or [], json_)
+    allowed = allow_config_change or []
+    config = overridden(stored, {**overrides, "storage.root": root})
+    if (from_stage is None) != (iteration is None):
+        raise ConfigError("--from-stage and --iteration belong together; name the stage and iteration to go back to")
+    if from_stage is not None and iteration is not None:
+        # What could not go on afterwards is told before anything is taken back.
+        preflight(config, run_id, allowed)
+        supersede_from(store, from_stage, iteration, yes)
+    _train(config, run_id, allowed, json_)
 
 
 def _decide(store: RunStore, config: RunConfig, action: Action) -> None:
