@@ -48,17 +48,22 @@ def train(
         tracked = open_tracking(run)
         succeeded = False
         try:
-            learned, results = Learned(run.initial_policy), []
+            learned, results = start_of(run), {}
             with refreshing_dashboard(run, tracked) as refresh:
                 for n in run.plan.iterations:
-                    learned, metrics = iterate(run, n, learned, tracked)
-                    results.append(metrics)
+                    learned, results[n] = iterate(run, n, learned, tracked)
                     report_results(run, results)
                     refresh(n)
             succeeded = True
         finally:
             close_tracking(run, tracked, succeeded)
     return {"run_id": run.run_id, "root": run.root, "mlflow_run_id": tracked}
+
+
+def start_of(run: Run) -> Learned:
+    """What the first iteration starts from: the model, or what another run had learned where this one was forked."""
+    fork = run.forked_from
+    return Learned(fork.policy, fork.predictor, fork.trainings) if fork else Learned(run.initial_policy)
 
 
 @flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)

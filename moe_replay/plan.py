@@ -9,12 +9,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import ABOUT_KEY, IMPORTS_KEY, STAGES
 from moe_replay.config import RunConfig, parse_config
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 
 CHANGES_KEY = "config_changes"
 """Key under `about` in `run.json`."""
+FORK_KEY = "forked_from"
+"""Key in `run.json` of a fork."""
 
 
 class _Record(BaseModel):
@@ -43,6 +46,32 @@ class EarlierConfig(_Record):
     """The first iteration for which they hold no more."""
 
 
+class ForkPoint(_Record):
+    """Where a run goes on from another's committed artifacts, which stay where they are."""
+
+    root: str
+    """URL under which the other run lies."""
+    run_id: str
+    """The other run."""
+    iteration: int = Field(ge=1)
+    """The first that the new run makes itself."""
+    model_sha256: str
+    """Of the model that both start from."""
+    policy: ArtifactRef
+    """The other's training of the iteration before."""
+    predictor: ArtifactRef | None
+    """The other's predictor of the iteration before, where both methods fit one."""
+    trainings: tuple[ArtifactRef, ...]
+    """Of the other and of those that it was forked from, newest first, as many as a predictor is fitted from."""
+    lineage: tuple[str, ...]
+    """The runs that these trainings may be of."""
+
+    @classmethod
+    def stored(cls, store: RunStore) -> "ForkPoint | None":
+        """Where a run that exists was forked; None where it starts from the model. Raises as `RunStore.read_run`."""
+        return _forked_from(store, store.read_run())
+
+
 class RunPlan(_Record):
     """Which iterations a run has, and which stages each of them."""
 
@@ -50,6 +79,7 @@ class RunPlan(_Record):
     """As it is now."""
     earlier: tuple[EarlierConfig, ...] = ()
     """Oldest first."""
+    forked_from: ForkPoint | None = None
 
     @classmethod
     def stored(cls, store: RunStore) -> "RunPlan":
@@ -66,12 +96,16 @@ class RunPlan(_Record):
         settings = document.get("config")
         if not isinstance(settings, dict):
             raise ArchiveCorrupt(f"run.json of {store.name} holds no config; restore it or start a new run")
-        return cls(config=parse_config(settings), earlier=_earlier(store, document, settings))
+        return cls(
+            config=parse_config(settings),
+            earlier=_earlier(store, document, settings),
+            forked_from=_forked_from(store, document),
+        )
 
     @property
     def iterations(self) -> range:
-        """All iterations that the run has in the end."""
-        return range(self.config.iterations)
+        """All iterations that the run has in the end; a fork has none before the one it was forked at."""
+        return range(self.forked_from.iteration if self.forked_from else 0, self.config.iterations)
 
     def evaluates(self, iteration: int) -> bool:
         """Whether the policy is scored after an iteration.
@@ -111,3 +145,14 @@ def _earlier(store: RunStore, document: dict[str, Any], settings: dict[str, Any]
             "restore it or start a new run"
         ) from error
     return tuple(found)
+
+
+def _forked_from(store: RunStore, document: dict[str, Any]) -> ForkPoint | None:
+    if FORK_KEY not in document:
+        return None
+    try:
+        return ForkPoint.model_validate(document[FORK_KEY])
+    except ValidationError as error:
+        raise ArchiveCorrupt(
+            f"run.json of {store.name} says nothing readable of what the run was forked from; restore it"
+        ) from error

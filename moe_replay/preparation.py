@@ -18,7 +18,7 @@ from moe_replay.data.rewards import require_known_sources
 from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
-from moe_replay.plan import RunPlan
+from moe_replay.plan import FORK_KEY, ForkPoint, RunPlan
 from moe_replay.stages.run import DataFile, Run
 from moe_replay.tokenization import encode_prompt
 
@@ -46,11 +46,20 @@ def preflight(config: RunConfig, run_id: str, allow_config_change: Sequence[str]
         require_same_config(store, config, allow_config_change)
 
 
-def prepare(config: RunConfig, run_id: str, progress: Progress, allow_config_change: Sequence[str] = ()) -> Run:
+def prepare(
+    config: RunConfig,
+    run_id: str,
+    progress: Progress,
+    allow_config_change: Sequence[str] = (),
+    forked_from: ForkPoint | None = None,
+) -> Run:
     """Bring model and data to local disk, make the embedded ones where they are wanted, and create or reopen the run.
 
+    A run that is created may start from `forked_from`; one that exists knows where it was forked.
+
     Raises:
-        ConfigError: as `preflight`; or the run exists with another model or data.
+        ConfigError: as `preflight`; or the run exists with another model or data, or what it was forked from is of
+            another model or gone.
     """
     preflight(config, run_id, allow_config_change)
     home = home_folder()
@@ -72,10 +81,18 @@ def prepare(config: RunConfig, run_id: str, progress: Progress, allow_config_cha
         model_sha256=folder_digest(model, progress),
         train=_data_file(train),
         benchmarks={name: _data_file(path) for name, path in benchmarks.items()},
+        forked_from=forked_from,
     )
+    if forked_from and forked_from.model_sha256 != run.model_sha256:
+        raise ConfigError(
+            f"the model in {run.model} has sha256 {run.model_sha256}, run {forked_from.run_id} started from "
+            f"{forked_from.model_sha256}; its checkpoints are of that model: fork with the same, or start a new run"
+        )
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
         _require_prompts_fit(run, progress)
-    return _create(run, allow_config_change)
+    run = _create(run, allow_config_change)
+    run.require_origin()
+    return run
 
 
 def locate_model(path: str, files: Sequence[str] = _MODEL_FILES) -> Path:
@@ -192,7 +209,11 @@ def _create(run: Run, allow_config_change: Sequence[str]) -> Run:
     if store.exists():
         changed = changed_document(store, run.config, benchmarks_sha256, allow_config_change)
         # The configs were compared as this version reads them; an older one may have known fewer keys.
-        store.reopen_run({**identity, "config": changed["config"]}, changed)
+        kept = {key: changed[key] for key in ("config", FORK_KEY) if key in changed}
+        store.reopen_run({**identity, **kept}, changed)
     else:
+        if run.forked_from:
+            identity[FORK_KEY] = run.forked_from.model_dump(mode="json")
         store.create_run(identity, about={"versions": package_versions(), "created_as": uuid.uuid4().hex})
-    return run.model_copy(update={"earlier": RunPlan.stored(store).earlier})
+    plan = RunPlan.stored(store)
+    return run.model_copy(update={"earlier": plan.earlier, "forked_from": plan.forked_from})

@@ -26,6 +26,8 @@ from tasks.retry import is_transient
 
 RUN_KEY = "moe_replay.run"
 """Tag by which a training run finds its MLflow run again."""
+FORKED_FROM = "forked_from"
+"""Tag of a fork: `run@iteration`."""
 SUPERSEDED_BY = "superseded_by"
 """Tag of an MLflow run whose iterations were partly superseded: the id of the one that took its place."""
 _REPORT_OF = "moe_replay.report_of"
@@ -88,6 +90,7 @@ def open_tracking(run: Run) -> str:
         "kappa": str(config.training.mini_steps),
         "seed": str(config.seed),
         **({COMPARISON: config.tracking.comparison} if config.tracking.comparison else {}),
+        **({FORKED_FROM: f"{run.forked_from.run_id}@{run.forked_from.iteration}"} if run.forked_from else {}),
         _ITERATIONS: "0",
         MLFLOW_RUN_NOTE: f"Artifacts of this run: `{run.store().name}`. Look with `moe-replay status {run.run_id}`.",
     }

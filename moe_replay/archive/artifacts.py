@@ -202,10 +202,10 @@ class RunStore:
             return [str(error)]
 
     def lost_inputs(self, artifact: Artifact) -> list[str]:
-        """What an artifact was made from and this run no longer has as it was, one line each."""
+        """What an artifact was made from and is no longer there as it was, one line each."""
         problems = []
         for name, ref in sorted(artifact.commit.inputs.items()):
-            if RunLayout.place_of(ref.uri) is None:
+            if not ref.is_stored:
                 continue
             try:
                 self.open(ref)

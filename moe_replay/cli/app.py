@@ -19,6 +19,7 @@ from moe_replay.cli.counterfactual import counterfactual
 from moe_replay.cli.dashboard import dashboard
 from moe_replay.cli.diff import diff
 from moe_replay.cli.exchange import export, import_
+from moe_replay.cli.fork import fork
 from moe_replay.cli.gc import gc
 from moe_replay.cli.load import load
 from moe_replay.cli.predictor import fit, report
@@ -36,6 +37,7 @@ predictor = App(name="predictor", help="Fit evolution predictors again from what
 data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
+app.command(fork)
 app.command(compare)
 app.command(counterfactual)
 app.command(dashboard)

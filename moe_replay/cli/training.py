@@ -145,9 +145,12 @@ def _train(config: RunConfig, run_id: str, allow_config_change: list[str], as_js
         done = _run_flow(config, run_id, allow_config_change, err if as_json else out, wait_for_prefect)
     store = RunStore(done["root"], run_id)
     if as_json:
+        from moe_replay.plan import RunPlan
         from moe_replay.reports.results import iteration_metrics
 
-        print(json.dumps({**done, "iterations": [iteration_metrics(store, n) for n in range(config.iterations)]}))
+        iterations = RunPlan.stored(store).iterations
+        results = [iteration_metrics(store, n) for n in iterations]
+        print(json.dumps({**done, "first_iteration": iterations.start, "iterations": results}))
         return
     named = _named(config, run_id)
     out.print(

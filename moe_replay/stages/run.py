@@ -13,8 +13,8 @@ from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTOR_FILE, RunLayout
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
-from moe_replay.errors import ConfigError, RoutingMismatch
-from moe_replay.plan import EarlierConfig, RunPlan
+from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
+from moe_replay.plan import EarlierConfig, ForkPoint, RunPlan
 from moe_replay.seeds import derive_seed
 from moe_replay.stages.completion import missing_stages
 
@@ -76,6 +76,8 @@ class Run(BaseModel):
     config: RunConfig
     earlier: tuple[EarlierConfig, ...] = ()
     """Settings that the run had before they were changed, oldest first."""
+    forked_from: ForkPoint | None = None
+    """What the run goes on from, where that is not the model."""
     model: Path
     """The model that the run starts from, on local disk."""
     model_sha256: str
@@ -89,7 +91,7 @@ class Run(BaseModel):
     @property
     def plan(self) -> RunPlan:
         """Which iterations and stages the run has."""
-        return RunPlan(config=self.config, earlier=self.earlier)
+        return RunPlan(config=self.config, earlier=self.earlier, forked_from=self.forked_from)
 
     def seed(self, *what: str | int) -> int:
         """The seed for one purpose (see `derive_seed`)."""
@@ -131,9 +133,12 @@ class Run(BaseModel):
     def predictor(self, ref: ArtifactRef, iteration: int) -> Iterator[Path]:
         """The predictor to serve an iteration with, a verified file on local disk for as long as it is being read.
 
-        Raises RoutingMismatch unless it is the one that this run fitted in the iteration before.
+        Raises RoutingMismatch unless it is the one that this run, or the one it was forked from, fitted in the
+        iteration before.
         """
-        if RunLayout.place_of(ref.uri) != (iteration - 1, "predictor"):
+        fork = self.forked_from
+        is_of_fork = fork is not None and (fork.iteration, fork.predictor) == (iteration, ref)
+        if not is_of_fork and RunLayout.place_of(ref.uri) != (iteration - 1, "predictor"):
             raise RoutingMismatch(
                 f"iteration {iteration} is served by the predictor that iteration {iteration - 1} of run {self.run_id} "
                 f"fitted, got {ref.uri}; a staler one foretells little, and one of another run nothing: give that one"
@@ -152,5 +157,23 @@ class Run(BaseModel):
             yield Path(folder)
 
     def open(self, ref: ArtifactRef) -> Artifact:
-        """A committed artifact of this run."""
+        """A committed artifact of this run, or of one it was forked from."""
         return self.store().open(ref)
+
+    def require_origin(self) -> None:
+        """Raise ConfigError when the run still needs what it was forked from, and that is not there any more."""
+        fork = self.forked_from
+        if fork is None or self.store().commit_of("training", fork.iteration) is not None:
+            return
+        for ref in filter(None, (fork.policy, fork.predictor)):
+            try:
+                found = self.open(ref)
+                found.require_present()
+                problem = found.expiry and f"{found.name} lost objects to retention ({found.expiry.why})"
+            except ArchiveCorrupt as error:
+                problem = str(error)
+            if problem:
+                raise ConfigError(
+                    f"run {self.run_id} was forked from iteration {fork.iteration} of run {fork.run_id} under "
+                    f"{fork.root}, and what it starts from is not there: {problem}"
+                )
