@@ -6,6 +6,7 @@ from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.preparation import prepare
+from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run
 
 
@@ -40,12 +41,13 @@ def fork_point(source: RunStore, root: str, iteration: int, config: RunConfig) -
     predictor = None
     if config.method.predictor and plan.config.method.predictor:
         predictor = source.committed("predictor", iteration - 1)
-        if predictor is None:
+        if predictor is None and not is_skipped(policy):
             raise ConfigError(
                 f"run {source.run_id} has trained iteration {iteration - 1} and not fitted its predictor yet; resume "
                 "it first, or take an earlier iteration"
             )
-        _require_there(predictor)
+        if predictor is not None:
+            _require_there(predictor)
     return ForkPoint(
         root=root,
         run_id=source.run_id,

@@ -15,6 +15,7 @@ from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.plan import ForkPoint
 from moe_replay.reports.predictor_report import report_of
 from moe_replay.routing.predictor import EvolutionPredictor
+from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.predictor_fitting import FITTED_FILE, PredictorFit, Predictors, Window, fit_predictors
 from moe_replay.stages.run import Run
 
@@ -94,7 +95,8 @@ def refit(store: RunStore, settings: PredictorConfig, iteration: int, use_stored
 
     def fit(n: int, before: Predictors | None) -> PredictorFit:
         window = [trainings[m] for m in range(n, n - settings.window, -1) if m in trainings]
-        return fit_predictors(Window.of(window, lineage), settings, before, is_first=n == first)
+        after_skipped = n - 1 in trainings and is_skipped(trainings[n - 1])
+        return fit_predictors(Window.of(window, lineage), settings, before, is_first=n == first or after_skipped)
 
     previous = _predictors_before(store, fork, iteration) if use_stored else None
     if previous is None:

@@ -65,6 +65,17 @@ def test_a_reader_follows_a_run_and_reads_final_iterations_once(tmp_path):
     assert (later.method, later.incomplete) == ("r3", ())
 
 
+def test_a_reader_takes_nothing_for_final_that_is_still_to_be_made_again(tmp_path):
+    store = make_run(tmp_path, "a", iterations=3)
+    shutil.rmtree(tmp_path / "a/iterations/00001/evaluation")
+    reader = RunReader(store)
+    first = reader.read(extremes=False, settled=1)
+    store.begin("evaluation", 1, {}, DIGEST).commit({"eval/addition/avg_at_n": 0.25})
+    later = reader.read(extremes=False, settled=3)
+    assert later.iterations[1].metrics["eval/addition/avg_at_n"] == 0.25
+    assert later.iterations[0] is first.iterations[0]
+
+
 def test_what_retention_removed_leaves_the_metrics(tmp_path):
     store = make_run(tmp_path, "a", iterations=3)
     findings = find_removable(store, Retention(keep_iterations=1), grace=timedelta(0))
