@@ -32,6 +32,17 @@ class EngineLost(ReplayError, RuntimeError):
     transient = True
 
 
+class OutOfMemory(ReplayError, RuntimeError):
+    """Transient: an engine's memory did not do; a fresh engine has more, or is given less to hold at once."""
+
+    transient = True
+
+    def __init__(self, message: str, micro_batch_tokens: int | None = None):
+        """`micro_batch_tokens` is what the largest micro-batch of a training pass could hold, where one failed."""
+        super().__init__(message)
+        self.micro_batch_tokens = micro_batch_tokens
+
+
 class TrackingUnavailable(ReplayError, RuntimeError):
     """Transient: MLflow did not answer; a later attempt may succeed."""
 

@@ -38,7 +38,7 @@ def test_runs_killed_at_random_moments_end_with_the_bytes_of_undisturbed_ones(
         undisturbed = machine.start(
             *words, f"--root={(tmp_path / method).as_uri()}", settings=EXACT, log=tmp_path / f"{method}.log"
         )
-        assert undisturbed.wait(300) == 0, (tmp_path / f"{method}.log").read_text()
+        assert undisturbed.wait(1200) == 0, (tmp_path / f"{method}.log").read_text()
     kills: list[Kill] = []
     broken: list[str] = []
     for life, method in enumerate(itertools.cycle(STAGES)):
