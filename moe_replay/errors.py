@@ -49,6 +49,14 @@ class TrackingUnavailable(ReplayError, RuntimeError):
     transient = True
 
 
+class StorageFull(ReplayError, OSError):
+    """Permanent: a disk or a quota is full.
+
+    Another attempt would make the whole stage again only to fail where this one did, having left its own share of
+    what fills the disk: somebody has to make room first.
+    """
+
+
 class StorageUnavailable(ReplayError, OSError):
     """Transient: object storage did not answer or cut the transfer; a later attempt may succeed."""
 

@@ -8,10 +8,10 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from command import SMALL
 from machine import Machine, kill
@@ -61,19 +61,30 @@ class Kill:
 class KilledRun:
     """One run, from its first command until it is complete."""
 
-    def __init__(self, machine: Machine, root: Path, method: str, iterations: int, stages: int, rng: random.Random):
-        """`stages` is the number of commits of the complete run."""
+    def __init__(
+        self,
+        machine: Machine,
+        root: Path,
+        settings: dict[str, Any],
+        stages: int,
+        rng: random.Random,
+        say: Callable[[str], None] = print,
+    ):
+        """`stages` is the number of commits of the complete run; `say` is told of each kill."""
         self.machine, self.folder, self.rng, self.stages = machine, root / RUN_ID, rng, stages
         self.kills: list[Kill] = []
         self._seen: dict[Path, int] = {}
         self._log = root.with_suffix(".log")
         self._root = f"--root={root.as_uri()}"
-        self._first = ("run", f"--run-id={RUN_ID}", f"--method={method}", f"--iterations={iterations}", self._root)
+        self._first = ("run", f"--run-id={RUN_ID}", self._root)
+        self._settings, self._say = settings, say
         self._start(self._first)
 
     def go(self, kinds: Iterable[Kind]) -> None:
-        """Kill at random moments and resume, for as many kills as there are kinds; then let the run end."""
+        """Kill at random moments and resume, for as many kills as there are kinds at most; then let the run end."""
         for kind in kinds:
+            if len(self._commits()) == self.stages and self.rng.random() < 0.5:
+                break
             if self._wait(*self._moment()):
                 self._kill(kind)
             elif not self._ended_well():
@@ -126,6 +137,7 @@ class KilledRun:
         if (kind == "engine" and not engines) or (kind == "server" and not self.machine.has_prefect):
             return  # none was started yet
         self.kills.append(Kill(kind, self._at_work(), len(self._commits()), since=time.time(), load=os.getloadavg()[0]))
+        self._say(f"{self.folder.parent.name}: {kind} killed at {self.kills[-1].at_work}")
         if kind == "engine":
             kill(self.rng.choice(engines).pid)
             return
@@ -162,7 +174,7 @@ class KilledRun:
 
     def _start(self, words: tuple[str, ...]) -> None:
         self._began = time.time()
-        settings = EXACT if words is self._first else {}
+        settings = self._settings if words is self._first else {}
         self._process = self.machine.start(*words, settings=settings, log=self._log)
 
     def _fail(self, why: str) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTOR_FILE, RunLayout
+from moe_replay.archive.storage_errors import told_of_full_disk
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.errors import ConfigError, RoutingMismatch
@@ -140,11 +141,12 @@ class Run(BaseModel):
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder on local disk that is gone afterwards."""
+        """A folder on local disk that is gone afterwards; raises StorageFull when no room is left there."""
         parent = self.home / "scratch"
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as folder:
-            yield Path(folder)
+        with told_of_full_disk(str(parent)):
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=parent) as folder:
+                yield Path(folder)
 
     def open(self, ref: ArtifactRef) -> Artifact:
         """A committed artifact of this run."""

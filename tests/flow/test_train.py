@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -216,6 +218,34 @@ def test_stage_whose_engine_dies_at_work_is_retried_with_a_fresh_one(tmp_path: P
     assert len(json.loads(out)["iterations"]) == 1
     attempts = {task["name"]: task["run_count"] for task in tasks_of(prefect_api, ["lost-0"])}
     assert (attempts["rollout-0"], attempts["training-0"]) == (1, 2)
+
+
+def test_training_that_finds_no_memory_is_retried_on_a_fresh_engine_with_smaller_micro_batches(
+    exact_run: tuple[Path, dict[str, Any]], tmp_path: Path, prefect_api: str, home: Path
+) -> None:
+    for stage in ("rollout", "routes"):
+        shutil.copytree(exact_run[0] / "iterations/00000" / stage, tmp_path / "exact/iterations/00000" / stage)
+    settings = {**EXACT, "iterations": 2, "stages.retry_delay_seconds": 0}
+    script = Path(__file__).with_name("training_without_memory.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path.as_uri(), "exact", json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": f"{script.parent.parent}:{os.environ.get('PYTHONPATH', '')}"},
+    )
+
+    assert done.returncode == 0, done.stderr
+    told = re.search(r"in micro-batches of up to (\d+), ran out of memory .*can't allocate memory", done.stderr)
+    assert told is not None, done.stderr
+    training = RunStore(tmp_path.as_uri(), "exact").committed("training", 0)
+    assert training is not None
+    assert training.commit.attributes["micro_batch_tokens"] == int(told[1]) // 2
+    # The config that the run is known by stays.
+    undisturbed = RunStore(exact_run[0].parent.as_uri(), "exact").committed("training", 0)
+    assert undisturbed is not None
+    assert training.commit.config_digest == undisturbed.commit.config_digest
+    assert "micro_batch_tokens" not in undisturbed.commit.attributes
 
 
 def test_permanent_error_fails_the_stage_at_once(

@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kills import EXACT, KINDS, RUN_ID, Kill, KilledRun, table
@@ -13,6 +14,17 @@ from mlflow import MlflowClient
 from moe_replay.tiny import EmbeddedAssets
 
 ITERATIONS = 3
+SETTINGS: dict[str, dict[str, Any]] = {
+    "r3": {**EXACT, "method": "r3", "iterations": ITERATIONS},
+    # By its defaults PR2 uses no predictor so early.
+    "pr2": {
+        **EXACT,
+        "method": "pr2",
+        "iterations": ITERATIONS,
+        "predictor.judged_on": "held_out",
+        "predictor.evidence": 0.0,
+    },
+}
 STAGES = {"r3": 4 * ITERATIONS, "pr2": 5 * ITERATIONS}
 
 
@@ -34,10 +46,8 @@ def test_runs_killed_at_random_moments_end_with_the_bytes_of_undisturbed_ones(
 
     say(f"\n{number} kills, --kill-seed={seed}")
     for method in STAGES:
-        words = ("run", f"--run-id={RUN_ID}", f"--method={method}", f"--iterations={ITERATIONS}")
-        undisturbed = machine.start(
-            *words, f"--root={(tmp_path / method).as_uri()}", settings=EXACT, log=tmp_path / f"{method}.log"
-        )
+        words = ("run", f"--run-id={RUN_ID}", f"--root={(tmp_path / method).as_uri()}")
+        undisturbed = machine.start(*words, settings=SETTINGS[method], log=tmp_path / f"{method}.log")
         assert undisturbed.wait(1200) == 0, (tmp_path / f"{method}.log").read_text()
     kills: list[Kill] = []
     broken: list[str] = []
@@ -45,7 +55,7 @@ def test_runs_killed_at_random_moments_end_with_the_bytes_of_undisturbed_ones(
         if life % 4 >= 2:
             machine.share_prefect()
         try:
-            run = KilledRun(machine, tmp_path / f"life-{life}", method, ITERATIONS, STAGES[method], rng)
+            run = KilledRun(machine, tmp_path / f"life-{life}", SETTINGS[method], STAGES[method], rng, say)
             run.go(rng.choice(KINDS) for _ in range(number - len(kills)))
         finally:
             machine.stop_sharing_prefect()
