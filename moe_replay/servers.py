@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +99,19 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
             command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
         )
     os.environ["PREFECT_API_URL"] = f"http://{_HOST}:{port}/api"
+    waited_for = False
+
+    def wait() -> None:
+        nonlocal waited_for
+        waited_for = True
+        _wait_until_healthy(server, process, logs / "prefect.log")
+
     try:
-        yield lambda: _wait_until_healthy(server, process, logs / "prefect.log")
+        yield wait
     finally:
         os.environ.pop("PREFECT_API_URL", None)
-        _stop(process)
+        # One that nobody has spoken to has nothing to finish, and would first start before it ends politely.
+        _stop(process, (signal.SIGTERM, signal.SIGKILL) if waited_for else (signal.SIGKILL,))
 
 
 def _end_with_parent() -> None:
@@ -157,9 +165,11 @@ def _wait_until_healthy(server: _Server, process: subprocess.Popen[bytes], log: 
     raise EngineLost(f"the {server.name} server did not answer within {_START_SECONDS:.0f} s; its log is {log}")
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def _stop(
+    server: subprocess.Popen[bytes], signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGKILL)
+) -> None:
     """End a server with its workers: it leads a process group of its own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in signals:
         try:
             os.killpg(server.pid, number)
             server.wait(_STOP_SECONDS)

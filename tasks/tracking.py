@@ -128,6 +128,20 @@ def _decision_tags(run: Run, iteration: int, metrics: dict[str, float]) -> list[
     return [RunTag(_DECISIONS, "; ".join(f"{n}: {', '.join(actions)}" for n, actions in told.items() if actions))]
 
 
+def finished_run(run: Run) -> str | None:
+    """The id of the training run's MLflow run where that was closed with every iteration; none also without MLflow."""
+    try:
+        with _translated():
+            client = _client(run.home)
+            experiment = client.get_experiment_by_name(run.config.tracking.experiment)
+            wanted = f"tags.`{RUN_KEY}` = '{_key(run)}' and attributes.status = 'FINISHED'"
+            found = client.search_runs([experiment.experiment_id], wanted, max_results=1) if experiment else []
+    except TrackingUnavailable:
+        return None
+    logged = int(found[0].data.tags.get(_ITERATIONS, "0")) if found else 0
+    return found[0].info.run_id if logged >= run.config.iterations else None
+
+
 @_translated()
 def file_figures(run: Run, mlflow_run_id: str, folder: Path) -> None:
     """File what lies in `folder` with the run, in the place of earlier files of these names."""

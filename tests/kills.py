@@ -21,7 +21,7 @@ from moe_replay.archive.layout import TIMING_FILE
 
 EXACT = {**SMALL, "rollout.dtype": "float32", "stages.retry_delay_seconds": 0.2, "stages.retries": 6}
 """Small, and the same bytes from the same seed."""
-RUN_ID = "killed"
+RUN_ID = "exact"
 
 Kind = Literal["flow", "engine", "server", "everything"]
 Way = Literal["resume", "run again", "fresh checkout", "none"]
@@ -31,6 +31,7 @@ WAYS: tuple[Way, ...] = ("resume", "run again", "fresh checkout")
 
 _LONGEST_START = 12.0
 """Seconds from a command's start in which nothing is committed yet; some kills fall there."""
+_LAST_RESUMES = 4
 _PATIENCE = 300.0
 """Seconds without a commit or an end after which a command hangs."""
 
@@ -86,13 +87,26 @@ class KilledRun:
             if len(self._commits()) == self.stages and self.rng.random() < 0.5:
                 break
             if self._wait(*self._moment()):
-                self._kill(kind)
+                self._kill(kind, self.rng.choice(WAYS))
             elif not self._ended_well():
-                self._resume()
+                self._resume(self.rng.choice(WAYS))
             else:
                 return
-        while not self._wait(self.stages + 1, 0.0) and not self._ended_well():
-            self._resume()
+        self.finish()
+
+    def kill(self, kind: Kind, after: int, then: Way) -> None:
+        """Kill while the stage after so many further commits is at work, and resume."""
+        assert self._wait(after, self.rng.uniform(0, 0.2)), self._log.read_text()
+        self._kill(kind, then)
+
+    def finish(self) -> None:
+        """Let the run end, resuming it where its command fails."""
+        for _ in range(_LAST_RESUMES):
+            self._wait(self.stages + 1, 0.0)
+            if self._ended_well():
+                return
+            self._resume(self.rng.choice(WAYS))
+        raise AssertionError(f"the run did not end with {_LAST_RESUMES} resumes: {self.kills[-1].problem}")
 
     def problems(self, undisturbed: Path, mlflow: MlflowClient, iterations: int) -> list[str]:
         """What is wrong with the run now that it is complete, beside an undisturbed one of the same seed."""
@@ -132,7 +146,7 @@ class KilledRun:
         self._commits()
         return False
 
-    def _kill(self, kind: Kind) -> None:
+    def _kill(self, kind: Kind, then: Way) -> None:
         engines = self.machine.engines() if kind == "engine" else []
         if (kind == "engine" and not engines) or (kind == "server" and not self.machine.has_prefect):
             return  # none was started yet
@@ -153,7 +167,7 @@ class KilledRun:
         self._process.wait()
         if kind == "everything":
             self.machine.restart_prefect()
-        self._resume()
+        self._resume(then)
 
     def _ended_well(self) -> bool:
         """Whether the command ended with the run complete; it may fail only when its Prefect server was killed."""
@@ -164,8 +178,7 @@ class KilledRun:
             self._fail(f"the command ended with exit code {self._process.returncode}")
         return False
 
-    def _resume(self) -> None:
-        way = self.rng.choice(WAYS)
+    def _resume(self, way: Way) -> None:
         if way == "fresh checkout":
             self.machine.move(shares_model=True)
         self.machine.await_prefect()

@@ -25,9 +25,9 @@ _GONE_SECONDS = 15
 class Machine:
     """One home, the MLflow database of all runs, and either a Prefect server beside the runs or one in each command."""
 
-    def __init__(self, folder: Path, embedded: Path, mlflow: str):
-        """`embedded` is a folder with embedded models to share, `mlflow` a tracking URI."""
-        self._folder, self._embedded, self._mlflow = folder, embedded, mlflow
+    def __init__(self, folder: Path, embedded: Path, mlflow: str, prefect: str | None = None):
+        """`embedded` is a folder with embedded models to share, `mlflow` a tracking URI, `prefect` an API elsewhere."""
+        self._folder, self._embedded, self._mlflow, self._prefect = folder, embedded, mlflow, prefect
         self._mark = uuid.uuid4().hex
         self._server: tuple[subprocess.Popen[bytes], int] | None = None
         self.home = folder
@@ -131,18 +131,17 @@ class Machine:
             return subprocess.Popen(command, stdout=log, stderr=log, env=self._environment() | shared)
 
     def _environment(self) -> dict[str, str]:
-        prefect = self.home / "prefect"
+        own = self.home / "prefect"
         ours = {
             _MARK: self._mark,
             "MOE_REPLAY_HOME": str(self.home),
-            "PREFECT_HOME": str(prefect),
-            "PREFECT_SERVER_MEMO_STORE_PATH": str(prefect / "memo_store.toml"),
+            "PREFECT_HOME": str(own),
+            "PREFECT_SERVER_MEMO_STORE_PATH": str(own / "memo_store.toml"),
             "MLFLOW_TRACKING_URI": self._mlflow,
         }
         environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | ours
-        if self._server is not None:
-            environment["PREFECT_API_URL"] = f"http://127.0.0.1:{self._server[1]}/api"
-        return environment
+        prefect = f"http://127.0.0.1:{self._server[1]}/api" if self._server else self._prefect
+        return environment | ({"PREFECT_API_URL": prefect} if prefect else {})
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:

@@ -15,9 +15,11 @@ from moe_replay.alarm import Action
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
 from moe_replay.config import RunConfig, load_config, parse_override
+from moe_replay.display import RunDisplay
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError, EngineLost
 from moe_replay.interrupts import interruptible
+from moe_replay.stages.run import Run
 
 
 def run(
@@ -122,7 +124,6 @@ def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
 
 def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect: Callable[[], None]) -> dict[str, str]:
     """Prepare the run and start its engines while Prefect's server starts, then run the flow under a live display."""
-    from moe_replay.display import RunDisplay
     from moe_replay.preparation import prepare
     from tasks.engines import engines_of
     from tasks.progress import listening
@@ -143,6 +144,8 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
                 )
                 if not ready.is_complete():
                     engines_of(ready).start()
+                elif done := _done_already(ready, display):
+                    return done
                 display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
                 from flows.train import train
 
@@ -161,6 +164,18 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
                 f"{config.stages.retries + 1} attempts; raise the limit, then: {command_name()} "
                 f"resume {_named(config, run_id)}"
             ) from error
+
+
+def _done_already(run: Run, display: RunDisplay) -> dict[str, str] | None:
+    """Show what a complete run achieved, where MLflow has all of it too; none where the flow has to see to that."""
+    from moe_replay.reports.results import iteration_metrics
+    from tasks.tracking import finished_run
+
+    if (tracked := finished_run(run)) is None:
+        return None
+    for n in range(run.config.iterations):
+        display.on_result(run.run_id, n, iteration_metrics(run.store(), n))
+    return {"run_id": run.run_id, "root": run.root, "mlflow_run_id": tracked}
 
 
 def _named(config: RunConfig, run_id: str) -> str:

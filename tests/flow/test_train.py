@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,17 +18,17 @@ import psutil
 import pytest
 from command import SMALL, run_json, start
 from compared_runs import Compared
+from kills import EXACT, KilledRun
+from machine import Machine
 from mlflow import MlflowClient
 from variants import VARIANTS
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.layout import TIMING_FILE
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.methods import PRESETS
 from moe_replay.reports.measures import is_served
 from tasks.dashboard import DASHBOARD, LAYER_TABLE, LAYERS
 
-EXACT = {**SMALL, "rollout.dtype": "float32"}
 STAGES = {"rollout", "routes", "training", "evaluation"}
 ALL_STAGES = STAGES | {"predictor"}
 
@@ -153,24 +154,18 @@ def test_a_longer_pr2_run_predicts_and_stays_as_steady_as_replay(tmp_path: Path)
     assert sorted(metrics["mismatch/kl_k3"] for metrics in said["iterations"])[17] < 6e-4
 
 
-def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage_and_gives_the_same_bytes(
-    exact_run: tuple[Path, dict[str, Any]], tmp_path: Path
+def test_a_run_killed_twice_goes_on_at_its_first_uncommitted_stage_to_the_same_bytes(
+    exact_run: tuple[Path, dict[str, Any]], tmp_path: Path, home: Path, prefect_api: str
 ) -> None:
-    root = tmp_path.as_uri()
-    disturbed = start("run", "--run-id=exact", "--iterations=2", f"--root={root}", settings=EXACT)
-    wait_for(tmp_path / "exact/iterations/00000/training", "_committed.json")
-    engines = psutil.Process(disturbed.pid).children(recursive=True)
-    disturbed.kill()
-    disturbed.wait()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "exact").rglob("_committed.json")}
+    machine = Machine(tmp_path, home / "embedded", f"sqlite:///{home / 'mlflow.db'}", prefect_api)
+    run = KilledRun(machine, tmp_path / "runs", {**EXACT, "iterations": 2}, 2 * len(STAGES), random.Random(5))
 
-    said = run_json("resume", "exact", f"--root={root}")
+    run.kill("flow", after=2, then="run again")
+    run.kill("everything", after=3, then="fresh checkout")
+    run.finish()
 
-    assert psutil.wait_procs(engines, timeout=10)[1] == [], "engines outlived the process that drove them"
-    assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "a committed stage ran again"
-    assert committed_bytes(tmp_path / "exact") == committed_bytes(exact_run[0])
-    assert without_clock(said["iterations"]) == without_clock(exact_run[1]["iterations"])
-    assert mlflow_steps(said["mlflow_run_id"], "mismatch/kl_k3") == [0, 1]
+    assert [one.problem for one in run.kills] == [None, None]
+    assert run.problems(exact_run[0], mlflow(), 2) == []
 
 
 def test_interrupt_ends_everything_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,19 +320,6 @@ def test_prefect_shows_iterations_with_their_stages_and_the_results_table(
     assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} <= names
     rows = json.loads(tables[-1]["data"])
     assert "mismatch/kl_k3" in rows[0]
-
-
-def committed_bytes(run: Path) -> dict[str, bytes]:
-    """Every object of a run that a seed decides; not what a killed writer left, which belongs to nothing."""
-    found = (path for path in (run / "iterations").glob("*/[!_]*/**/*") if path.is_file())
-    files = (path for path in found if path.name != TIMING_FILE)
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
-
-
-def without_clock(iterations: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The metrics that do not depend on how fast the machine is."""
-    clocked = ("time/", "archive/write_mb_s")
-    return [{key: value for key, value in one.items() if not key.startswith(clocked)} for one in iterations]
 
 
 def wait_for(folder: Path, pattern: str) -> None:
