@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 # A folder of wheels to look in first, as pip's own variable names it; without one, uv picks PyTorch's CPU build.
 WHEELS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
 
-.PHONY: demo test test-slow check install format ui clean
+.PHONY: demo test test-slow test-kills check install format ui clean
 
 demo: $(READY)
 	$(BIN)/moe-replay run
@@ -17,6 +17,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+KILLS ?= 30
+
+test-kills: $(READY)
+	$(BIN)/python -m pytest -m slow tests/kill --kills $(KILLS)
 
 check: $(READY)
 	$(BIN)/ruff check
