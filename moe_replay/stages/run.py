@@ -1,6 +1,5 @@
 """A run as its stages see it: where its artifacts are, which weights a reference stands for, which seed to use."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,12 @@ from pydantic import BaseModel, ConfigDict
 from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTOR_FILE, RunLayout
-from moe_replay.archive.storage_errors import told_of_full_disk
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.seeds import derive_seed
 from moe_replay.stages.decisions import is_skipped
+from moe_replay.stages.scratch import scratch_folder
 
 _INITIAL = "model://initial"
 
@@ -142,11 +141,8 @@ class Run(BaseModel):
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder on local disk that is gone afterwards; raises StorageFull when no room is left there."""
-        parent = self.home / "scratch"
-        with told_of_full_disk(str(parent)):
-            parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=parent) as folder:
-                yield Path(folder)
+        with scratch_folder(self.home / "scratch") as folder:
+            yield folder
 
     def open(self, ref: ArtifactRef) -> Artifact:
         """A committed artifact of this run."""
