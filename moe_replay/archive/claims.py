@@ -30,7 +30,7 @@ _CLAIM_OBJECT = re.compile(rf"{CLAIMS_FOLDER}/\.?([0-9a-f]{{32}})\.(claim|json)(
 _PROCESSES = Path("/proc")
 
 Fate = Literal["alive", "dead", "unknown"]
-State = Literal["waiting", "holding"]
+State = Literal["waiting", "taking", "holding"]
 
 
 class _Record(BaseModel):
@@ -106,9 +106,9 @@ class SeenClaim:
     """For how long it was watched and did not change."""
 
     @property
-    def holds(self) -> bool:
-        """Whether it may be the holder's."""
-        return self.claim is None or self.claim.state == "holding"
+    def state(self) -> State:
+        """What the claim says; an unreadable one may be the holder's."""
+        return self.claim.state if self.claim else "holding"
 
     def __str__(self) -> str:
         return str(self.claim.runner) if self.claim else f"of the unreadable claim {self.token}"
@@ -179,7 +179,7 @@ class Claims:
 def find_holder(run: Storage) -> Claim | None:
     """The claim of the runner that has the run, None when there is none or its process is known to have ended."""
     claims = Claims(run, Runner.this_process(), float("inf"), lambda: 0.0)
-    seen = (one for one in claims.others(claims.tokens()) if one.holds and one.fate != "dead")
+    seen = (one for one in claims.others(claims.tokens()) if one.state != "waiting" and one.fate != "dead")
     return max((one.claim for one in seen if one.claim), key=lambda claim: claim.at, default=None)
 
 

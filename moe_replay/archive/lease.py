@@ -1,17 +1,17 @@
 """One runner at a time on a run: a lease in the run's own storage, which needs no conditional put.
 
-A runner writes a claim of its own, `waiting`, and only then lists the claims of others. It makes its claim `holding`
+A runner writes a claim of its own, `waiting`, and only then lists the claims of others. It makes its claim `taking`
 when none of them lives, looks once more, and holds the run when still none does. Two that both hold would each have
 listed after writing; one wrote first, and the other's list shows what was written before it (put, get and list see
-all that was put before: S3 and file systems do so). Of two that wait for each other the one with the smaller token
-goes first, the other is refused.
+all that was put before: S3 and file systems do so). Of two that meet before either holds the one with the smaller
+token goes first, the other is refused; so of any number that come at once one gets the run.
 
 A dead claim is passed over and removed by the next holder. On one machine the process table tells the dead at once;
 a claim from elsewhere is dead when its heartbeat stood still for `ttl_seconds` of the clock of whoever watches. That
 may be wrong of a runner that was stopped, asleep or cut off from storage. Such a runner knows, by its own clock, that
 its last heartbeat is older than half of that; it then holds nothing before it has written the next one and looked
 afterwards. Either the one that takes over sees this heartbeat in its last look and steps back, or it has written
-`holding` before, and is seen. What a runner does between `require` and the next one is not covered.
+`taking` before, and is seen. What a runner does between `require` and the next one is not covered.
 """
 
 import logging
@@ -125,19 +125,19 @@ class Lease:
         """The claims to wait for; raises RunInUse when a runner that lives has or gets the run."""
         others = self._living()
         for other in others:
-            if other.fate == "alive" and (other.holds or other.token < self._token):
+            if other.fate == "alive" and (other.state == "holding" or other.token < self._token):
                 raise RunInUse(_in_use(self._run.name, other))
         return others
 
     def _hold(self) -> bool:
         """Take the run unless somebody came, or came back to life, while that was written."""
-        began = self._put("holding")
+        self._renewed = self._put("taking")
         tokens = self._claims.tokens()
         if self._living(tokens):
             return False
+        self._put("holding")
         for token in tokens - {self._token}:
             self._claims.remove(token)
-        self._renewed = began
         if self._is_stale():
             raise self._too_slow()
         return True
@@ -153,7 +153,7 @@ class Lease:
         # Nobody takes over from a runner that was never silent: who is seen to hold beside it stepped out of a silence
         # of its own, and steps back.
         others = self._living(tokens) if is_removed or silent_for >= self._pace.ttl_seconds / 2 else []
-        holders = [other for other in others if other.holds]
+        holders = [other for other in others if other.state != "waiting"]
         if holders or is_removed:
             self._lost = _lost_to(self._run.name, holders, silent_for)
             _logger.warning(self._lost)
@@ -238,7 +238,7 @@ def _in_use(name: str, other: SeenClaim) -> str:
     if other.claim is None:
         who = f"a runner {other}"
     else:
-        does = "runs" if other.holds else "is about to run"
+        does = "runs" if other.state == "holding" else "is about to run"
         who = f"{other} {does} it since {other.claim.began.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
     return f"{name} is in use: {who}, and a run has one runner at a time; wait until that one has ended, or stop it"
 
