@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 # A folder of wheels to look in first, as pip's own variable names it; without one, uv picks PyTorch's CPU build.
 WHEELS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
 
-.PHONY: demo test test-slow check install format ui clean
+.PHONY: demo test test-slow test-browser check install format ui up ps down clean
 
 demo: $(READY)
 	$(BIN)/moe-replay run
@@ -17,6 +17,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Needs chromium and chromedriver (Debian and Ubuntu: packages chromium, chromium-driver). SCREENSHOTS=folder keeps them.
+test-browser: $(READY)
+	$(BIN)/python -m pytest tests/browser -m browser
 
 check: $(READY)
 	$(BIN)/ruff check
@@ -30,6 +34,16 @@ format: $(READY)
 
 ui: $(READY)
 	$(BIN)/moe-replay ui
+
+# The local stack; ports are PREFECT_PORT, MLFLOW_PORT, S3_PORT and WORKER_PORT: `make up PREFECT_PORT=4300`.
+up: $(READY)
+	@$(BIN)/python -m infra.stack up
+
+ps: $(READY)
+	@$(BIN)/python -m infra.stack status
+
+down: $(READY)
+	@$(BIN)/python -m infra.stack down
 
 install: $(READY)
 

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
 
 from flows.train import train
 from moe_replay.config import RunConfig
@@ -12,6 +11,8 @@ from moe_replay.interrupts import interrupts_kept
 from moe_replay.methods import PRESETS, Method
 from tasks.comparison import report_comparison
 from tasks.engines import keeping_engines
+from tasks.failures import LOGGED_FAILURES
+from tasks.naming import comparison_name, own_comparison
 
 
 class Compared(NamedTuple):
@@ -25,7 +26,7 @@ class Compared(NamedTuple):
     """The report's folder; empty when every run failed."""
 
 
-@flow(name="compare", flow_run_name="compare-{comparison}", persist_result=False)
+@flow(name="compare", flow_run_name=comparison_name, persist_result=False, **LOGGED_FAILURES)
 def compare(
     config: RunConfig = RunConfig(),  # noqa: B008 (frozen)
     methods: list[Method] = [Method.model_validate(name) for name in PRESETS],  # noqa: B006, B008 (never changed)
@@ -35,10 +36,16 @@ def compare(
 ) -> Compared:
     """Train with every method from every seed, and report how they differ and by how much more than noise.
 
-    The same `comparison` continues one that was stopped. A run that fails is told of and left out of the report, in
-    which the others are held against the method `baseline`.
+    A run that fails is told of and left out of the report.
+
+    Args:
+        config: Settings of all runs; method and seed are replaced.
+        methods: Names of presets, or tables.
+        seeds: Each method is trained from each of them.
+        comparison: Name of the comparison; the same continues one that was stopped.
+        baseline: The method that others are held against; by default grpo where it is there, else the first.
     """
-    name = comparison or f"compare-{str(flow_run.id)[:8]}"
+    name = own_comparison()
     done, failed = [], []
     with keeping_engines():
         # All at once, so that an id which can't be is refused before the first is trained.

@@ -3,17 +3,20 @@
 from typing import NamedTuple
 
 from prefect import flow
-from prefect.runtime import flow_run
 
+from flows.stability import train_watched
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig
+from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run
 from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
-from tasks.preparation import prepare_run
+from tasks.failures import LOGGED_FAILURES
+from tasks.naming import own_run_id, training_name
+from tasks.preparation import prepared_run
 from tasks.reporting import report_results
-from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts, train_replayed
-from tasks.tracking import close_tracking, open_tracking, track_iteration
+from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts
+from tasks.tracking import close_tracking, open_tracking, recording_system_metrics, track_iteration
 
 
 class Learned(NamedTuple):
@@ -26,27 +29,28 @@ class Learned(NamedTuple):
     """Newest first, as many as a predictor is fitted from."""
 
 
-@flow(name="train", flow_run_name="train-{run_id}", persist_result=False)
+@flow(name="train", flow_run_name=training_name, persist_result=False, **LOGGED_FAILURES)
 def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[str, str]:  # noqa: B008 (frozen)
     """Train a Mixture-of-Experts policy with routing replay.
 
-    The same `run_id` continues a run at its first stage without a commit. Without one the flow run's own name is
-    taken, so that retrying the flow run continues it too.
+    Args:
+        config: The run's settings.
+        run_id: The same continues a run at its first stage without a commit. Without one the flow run's own name is
+            taken, so that retrying the flow run continues it too. A run that another runner works on is refused.
 
     Returns:
         `run_id`, `root` and `mlflow_run_id`.
     """
-    run = prepare_run(config, run_id or f"run-{str(flow_run.id)[:8]}")
-    with running_engines(run):
+    with prepared_run(config, own_run_id()) as run, running_engines(run):
         tracked = open_tracking(run)
         succeeded = False
         try:
             learned, results = Learned(run.initial_policy), []
-            with refreshing_dashboard(run, tracked) as refresh:
+            with recording_system_metrics(run, tracked), refreshing_dashboard(run, tracked) as refresh:
                 for n in range(config.iterations):
                     learned, metrics = iterate(run, n, learned, tracked)
                     results.append(metrics)
-                    report_results(run, results)
+                    report_results(run, results, tracked)
                     refresh()
             succeeded = True
         finally:
@@ -64,9 +68,10 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
 
     rollout = configured(generate_rollouts, stages)(run, n, before.policy, at_rollout)
     routes = configured(archive_routes, stages)(run, n, rollout)
-    policy = configured(train_replayed, stages)(run, n, before.policy, rollout, routes, at_old_pass)
+    policy = train_watched(run, n, before.policy, rollout, routes, at_old_pass)
     predictor, trainings = None, (policy, *before.trainings)[: run.config.predictor.window]
-    if method.predictor:
+    # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
+    if method.predictor and not is_skipped(run.open(policy)):
         predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
     if run.config.evaluates(n):
         configured(evaluate_policy, stages)(run, n, policy)

@@ -8,12 +8,11 @@ import hashlib
 import json
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -24,8 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from moe_replay.alarm import AlarmConfig, actions_for
 from moe_replay.errors import ConfigError
 from moe_replay.methods import DEFAULT_PRESET, Method
+from moe_replay.settings import Config
 
 EMBEDDED = "embedded"
 """Stands for the tiny model, its training problems or its benchmark, all made on the spot."""
@@ -36,10 +37,7 @@ Dtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Config(BaseModel):
-    """Frozen, and refuses keys it doesn't know; the docstrings of its keys are what Prefect's forms show."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+AConfig = TypeVar("AConfig", bound=Config)
 
 
 class ModelConfig(Config):
@@ -164,7 +162,7 @@ class StorageConfig(Config):
     """Where artifacts live."""
 
     root: str | None = None
-    """Any fsspec URL (`s3://bucket/runs`, a folder); by default `runs` under MOE_REPLAY_HOME."""
+    """Any fsspec URL (`s3://bucket/runs`, a folder); by default MOE_REPLAY_ROOT, else `runs` under MOE_REPLAY_HOME."""
     chunk_tokens: PositiveInt = 65536
     """Tokens per chunk of the routing archive, the least that a partial read touches in one layer."""
     codec: Literal["expert-set", "zstd"] = "expert-set"
@@ -226,6 +224,7 @@ class RunConfig(Config):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
     stages: StagesConfig = StagesConfig()
+    alarm: AlarmConfig = AlarmConfig()
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunConfig":
@@ -257,6 +256,15 @@ class RunConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_where_to_fall_back_to(self) -> "RunConfig":
+        if self.alarm.rule == "fall_back" and "fall_back" not in actions_for(self.method):
+            raise ValueError(
+                f"alarm.rule = 'fall_back' trains under the routes of the rollout, which {self.method.label} replays "
+                "already; take skip, lower_lr or pause, or a method that replays others or none"
+            )
+        return self
+
     @property
     def records_evolution(self) -> bool:
         """Whether training keeps router evolution."""
@@ -283,8 +291,10 @@ def home_folder() -> Path:
 
 
 def run_root(config: RunConfig) -> str:
-    """The URL under which the run's folder lies."""
-    return config.storage.root or (home_folder() / "runs").as_uri()
+    """The URL under which the run's folder lies. Raises ConfigError when MOE_REPLAY_ROOT can't be one."""
+    if root := config.storage.root or os.environ.get("MOE_REPLAY_ROOT"):
+        return parse_config({"storage": {"root": root}}).storage.root or root
+    return (home_folder() / "runs").as_uri()
 
 
 def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -303,17 +313,28 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the config {path} is not valid TOML: {error}") from error
-    for key, value in (overrides or {}).items():
-        _override(document, key, value)
-    return parse_config(document)
+    return parse_config(document_with(overrides or {}, document))
+
+
+def document_with(overrides: Mapping[str, Any], document: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`document` with dotted overrides (`rollout.prompts`) laid over it."""
+    laid_over = document if document is not None else {}
+    for key, value in overrides.items():
+        _override(laid_over, key, value)
+    return laid_over
 
 
 def parse_config(document: dict[str, Any]) -> RunConfig:
     """Validate a config document. Raises ConfigError listing every key that is wrong and why."""
+    return parse_as(RunConfig, document)
+
+
+def parse_as(schema: type[AConfig], document: dict[str, Any]) -> AConfig:
+    """Validate a document as `schema`. Raises ConfigError listing every key that is wrong and why."""
     try:
-        return RunConfig.model_validate(document)
+        return schema.model_validate(document)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_explain(problem, schema) for problem in error.errors())) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -340,16 +361,18 @@ def _override(document: dict[str, Any], dotted: str, value: Any) -> None:
     table[last] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, schema: type[Config]) -> str:
     """One line for one of pydantic's findings, with the nearest key where a key is unknown."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
         return f"{where}: {message}{given}" if where else message
-    model: Any = RunConfig
+    model: Any = schema
     for part in problem["loc"][:-1]:
-        model = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
+        # A section that may be left out is a union with None.
+        model = next((one for one in get_args(annotation) if hasattr(one, "model_fields")), annotation)
     known = list(model.model_fields)
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"

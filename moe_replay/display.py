@@ -55,6 +55,10 @@ class RunDisplay:
             told = [f"{heading} {_cell(name, metrics.get(name))}" for name, heading in columns.items()]
             self._console.print(f"iteration {iteration}: {', '.join(told)}", soft_wrap=True, highlight=False)
 
+    def on_alarm(self, told: str) -> None:
+        """Say what the stability alarm saw, and what is done about it."""
+        self._console.print(f"stability alarm, {told}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+
     def _render(self) -> Group:
         return Group(results_table(self._title, self._results), Text(self._status, style="dim"))
 

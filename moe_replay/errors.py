@@ -22,6 +22,14 @@ class ArchiveCorrupt(ReplayError, ValueError):
     """Permanent: a stored object is missing, truncated, altered or of another run."""
 
 
+class RunInUse(ReplayError, RuntimeError):
+    """Permanent: another runner works on the run; once it has ended the same command goes on."""
+
+
+class LeaseLost(ReplayError, RuntimeError):
+    """Permanent: another runner took the run over, since this one gave no sign of life for a while."""
+
+
 class EngineFailed(ReplayError, RuntimeError):
     """Permanent: an engine raised an error of its own; its log has the traceback."""
 
@@ -42,3 +50,18 @@ class StorageUnavailable(ReplayError, OSError):
     """Transient: object storage did not answer or cut the transfer; a later attempt may succeed."""
 
     transient = True
+
+
+class StabilityAlarm(ReplayError, RuntimeError):
+    """Permanent: a batch is too far from the policy that sampled it, and what becomes of it is not decided.
+
+    The command line exits with code 3.
+    """
+
+    def __init__(self, message: str, metric: str, value: float, bound: float):
+        """`value` of `metric` is beyond `bound`; the message says what to do."""
+        super().__init__(message, metric, value, bound)
+        self.metric, self.value, self.bound = metric, value, bound
+
+    def __str__(self) -> str:
+        return self.args[0]

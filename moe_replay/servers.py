@@ -1,6 +1,7 @@
-"""The MLflow UI and the Prefect server, on loopback."""
+"""The MLflow UI and the Prefect server, on loopback; what any server there needs to be started, asked and stopped."""
 
 import ctypes
+import http.client
 import os
 import signal
 import socket
@@ -18,22 +19,50 @@ from rich.console import Console
 
 from moe_replay.errors import ConfigError, EngineLost
 
+HOST = "127.0.0.1"
+MLFLOW_PORT, PREFECT_PORT = 5000, 4200
+"""Where `serve` puts them by default."""
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
-_HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 _NAMED_BY = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
 
 @dataclass(frozen=True)
-class _Server:
+class Server:
+    """A server on loopback: how it is started, and where it says that it is well."""
+
     name: str
     port: int
     option: str
-    """Command line option that names the port."""
+    """What the user sets to choose another port."""
     health: str
     command: list[str]
     environment: dict[str, str]
+    healthy_status: int = 200
+    """The status of the answer at `health` when all is well."""
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"http://{HOST}:{self.port}"
+
+    def start(self, logs: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start it as the leader of a process group of its own, which writes to `<logs>/<name>.log`."""
+        with (logs / f"{self.name}.log").open("ab") as log:
+            return subprocess.Popen(  # noqa: S603 (our own command line)
+                self.command, stdout=log, stderr=log, start_new_session=True, env=environment | self.environment
+            )
+
+    def is_healthy(self) -> bool:
+        """Whether it answers as it should, within 2 s."""
+        try:
+            with urllib.request.urlopen(f"{self.address}{self.health}", timeout=2) as answer:  # noqa: S310 (http)
+                return answer.status == self.healthy_status
+        except urllib.error.HTTPError as answer:
+            return answer.code == self.healthy_status
+        except (OSError, http.client.HTTPException):
+            return False
 
 
 def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> None:
@@ -44,7 +73,7 @@ def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> 
     """
     servers = _servers(home, mlflow_port, prefect_port)
     for server in servers:
-        _require_free(server)
+        require_free(server)
     for name, variable in _NAMED_BY.items():
         if name not in {server.name for server in servers}:
             console.print(f"{name:8} is the server that {variable} names", highlight=False)
@@ -55,13 +84,10 @@ def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for server in servers:
-            with (logs / f"{server.name}.log").open("ab") as log:
-                running[server.name] = subprocess.Popen(  # noqa: S603 (our own command line)
-                    server.command, stdout=log, stderr=log, start_new_session=True, env=os.environ | server.environment
-                )
+            running[server.name] = server.start(logs, dict(os.environ))
         for server in servers:
-            _wait_until_healthy(server, running[server.name], logs / f"{server.name}.log")
-            console.print(f"{server.name:8} http://{_HOST}:{server.port}", highlight=False)
+            wait_until_healthy(server, running[server.name], logs)
+            console.print(f"{server.name:8} {server.address}", highlight=False)
         if not servers:
             return
         console.print("press Ctrl-C to stop", style="dim")
@@ -87,22 +113,28 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     with socket.socket() as probe:
-        probe.bind((_HOST, 0))
+        probe.bind((HOST, 0))
         port = probe.getsockname()[1]
     logs = home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-    command += ["--host", _HOST, "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "5"]
-    server = _Server("prefect", port, "", "/api/health", command, {})
+    command += ["--host", HOST, "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "5"]
+    server = Server("prefect", port, "", "/api/health", command, {})
     with (logs / "prefect.log").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 (our own command line)
             command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
         )
-    os.environ["PREFECT_API_URL"] = f"http://{_HOST}:{port}/api"
+    os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
+    # This server is gone when anybody follows a link; `serve` shows its database afterwards.
+    ui_is_named = "PREFECT_UI_URL" in os.environ
+    if not ui_is_named:
+        os.environ["PREFECT_UI_URL"] = f"http://{HOST}:{PREFECT_PORT}"
     try:
-        yield lambda: _wait_until_healthy(server, process, logs / "prefect.log")
+        yield lambda: wait_until_healthy(server, process, logs)
     finally:
         os.environ.pop("PREFECT_API_URL", None)
+        if not ui_is_named:
+            os.environ.pop("PREFECT_UI_URL", None)
         _stop(process)
 
 
@@ -112,48 +144,58 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _servers(home: Path, mlflow_port: int, prefect_port: int) -> list[_Server]:
+def mlflow_server(port: int, option: str, store: str, artifacts: list[str]) -> Server:
+    """MLflow over the database `store`; `artifacts` are the options that say where files go."""
+    where = ["--host", HOST, "--port", str(port), "--workers", "1"]
+    environment = {
+        # By the environment, since a database's URL may hold a password and command lines are public.
+        "MLFLOW_BACKEND_STORE_URI": store,
+        # A dozen processes for features of MLflow that have no part in training runs.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", *where, *artifacts]
+    return Server("mlflow", port, option, "/health", command, environment)
+
+
+def prefect_ui_server(port: int, option: str) -> Server:
+    """Prefect's API and UI over the database in PREFECT_HOME, or the one that Prefect's own settings name."""
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    environment = {"PREFECT_UI_API_URL": f"http://{HOST}:{port}/api"}
+    return Server("prefect", port, option, "/api/health", command, environment)
+
+
+def _servers(home: Path, mlflow_port: int, prefect_port: int) -> list[Server]:
     """What has to be started, since the environment names no server of its kind."""
     servers = []
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
     if not tracking.startswith(("http://", "https://")):
-        where = ["--host", _HOST, "--port", str(mlflow_port), "--workers", "1"]
         artifacts = ["--default-artifact-root", (home / "mlflow-artifacts").as_uri()]
-        # By the environment, since a database's URL may hold a password and command lines are public.
-        environment = {
-            "MLFLOW_BACKEND_STORE_URI": tracking,
-            # A dozen processes for features of MLflow that have no part in training runs.
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", *where, *artifacts]
-        servers.append(_Server("mlflow", mlflow_port, "--mlflow-port", "/health", command, environment))
+        servers.append(mlflow_server(mlflow_port, "--mlflow-port", tracking, artifacts))
     if not os.environ.get("PREFECT_API_URL"):
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(prefect_port)]
-        environment = {"PREFECT_UI_API_URL": f"http://{_HOST}:{prefect_port}/api"}
-        servers.append(_Server("prefect", prefect_port, "--prefect-port", "/api/health", command, environment))
+        servers.append(prefect_ui_server(prefect_port, "--prefect-port"))
     return servers
 
 
-def _require_free(server: _Server) -> None:
+def require_free(server: Server) -> None:
+    """Raise ConfigError when somebody listens on the server's port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((_HOST, server.port))
+            probe.bind((HOST, server.port))
         except OSError as error:
-            raise ConfigError(f"port {server.port} on {_HOST} is taken; choose another with {server.option}") from error
+            raise ConfigError(f"port {server.port} on {HOST} is taken; choose another with {server.option}") from error
 
 
-def _wait_until_healthy(server: _Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_healthy(server: Server, process: subprocess.Popen[bytes], logs: Path) -> None:
+    """Return once it answers; raises EngineLost when it ends before, or is silent for two minutes."""
+    log = logs / f"{server.name}.log"
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise EngineLost(f"the {server.name} server ended with exit code {process.returncode}; its log is {log}")
-        try:
-            address = f"http://{_HOST}:{server.port}{server.health}"
-            with urllib.request.urlopen(address, timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
+        if server.is_healthy():
+            return
+        time.sleep(0.3)
     raise EngineLost(f"the {server.name} server did not answer within {_START_SECONDS:.0f} s; its log is {log}")
 
 

@@ -27,11 +27,14 @@ def engines_of(run: Run) -> EnginePool:
 
 
 @contextmanager
-def running_engines(run: Run) -> Iterator[EnginePool]:
-    """Start building the run's engines in the background, and stop them when no run uses them, however it ends."""
+def running_engines(run: Run, trains: bool = True) -> Iterator[EnginePool]:
+    """Start building the run's engines in the background, and stop them when no run uses them, however it ends.
+
+    For a run that does not train, an engine is built when a stage first needs it.
+    """
     pool = engines_of(run)
     key = _key(run)
-    if not run.is_complete():
+    if trains and not run.is_complete():
         pool.start()
     _users.append(key)
     try:

@@ -1,11 +1,18 @@
-"""The task that makes a run ready."""
+"""The tasks that make a run, or an evaluation, ready, and the hold on a run before and after it."""
 
-from prefect import task
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from moe_replay import evaluations
 from moe_replay.config import RunConfig
+from moe_replay.evaluations import Evaluation, EvaluationRequest
 from moe_replay.preparation import prepare
 from moe_replay.stages.run import Run
+from tasks.events import telling_stage
+from tasks.lease import holding_run
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
 
@@ -15,4 +22,26 @@ from tasks.retry import is_transient
 )
 def prepare_run(config: RunConfig, run_id: str) -> Run:
     """Check the inputs, fetch or make model and data, and create or reopen the run."""
-    return prepare(config, run_id, StageProgress(run_id, "prepare", 0))
+    with telling_stage(run_id, "prepare", 0):
+        return prepare(config, run_id, StageProgress(run_id, "prepare", 0))
+
+
+@task(name="prepare evaluation", cache_policy=NO_CACHE, retries=1, retry_condition_fn=is_transient)
+def prepare_evaluation(request: EvaluationRequest, evaluation_id: str | None) -> Evaluation:
+    """Find the checkpoint, fetch or make model and benchmarks, and create or reopen the evaluation."""
+    name = evaluation_id or request.run_id or "evaluation"
+    with telling_stage(name, "prepare", 0):
+        return evaluations.prepare_evaluation(request, evaluation_id, StageProgress(name, "prepare", 0))
+
+
+@contextmanager
+def prepared_run(config: RunConfig, run_id: str) -> Iterator[Run]:
+    """The run, prepared, and no other runner's for as long as the block. Raises RunInUse when another has it."""
+    waiting = StageProgress(run_id, "lease", 0)
+
+    def tell(what: str) -> None:
+        get_run_logger().info(what)
+        waiting(0, 0, what)
+
+    with holding_run(config, run_id, tell):
+        yield prepare_run(config, run_id)

@@ -9,6 +9,8 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from tasks.events import EVENT_EVERY_SECONDS, tell_stage
+
 Listener = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, what)."""
 
@@ -36,18 +38,27 @@ class StageProgress:
     """Passes a stage's progress on; a Prefect artifact is made only for a stage long enough to be watched."""
 
     def __init__(self, run_id: str, stage: str, iteration: int):
-        self._stage = stage
+        self._run_id, self._stage, self._iteration = run_id, stage, iteration
         self._key = artifact_key(run_id, stage, str(iteration))
         self._next_report = time.monotonic() + _FIRST_REPORT_SECONDS
+        self._next_event = time.monotonic() + EVENT_EVERY_SECONDS
         self._artifact: UUID | None = None
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Report that `done` of `total` are through."""
         for listener in _listeners:
             listener(self._stage, done, total, what)
+        if time.monotonic() >= self._next_event:
+            tell_stage("progressed", self._run_id, self._stage, self._iteration)
+            self._next_event = time.monotonic() + EVENT_EVERY_SECONDS
         if total and time.monotonic() >= self._next_report:
             self._report(100 * done / total, f"{done} of {total} {what}")
             self._next_report = time.monotonic() + _REPORT_EVERY_SECONDS
+
+    def finish(self) -> None:
+        """Say that the stage is through, where somebody was told how far it is."""
+        if self._artifact is not None:
+            self._report(100.0, "done")
 
     def _report(self, percent: float, description: str) -> None:
         try:

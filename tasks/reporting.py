@@ -1,20 +1,24 @@
-"""Results as they come: to whoever listens in this process, to the log, and as a table to the Prefect UI."""
+"""Results as they come: to whoever listens in this process, to the log, and as artifacts to the Prefect UI."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging.handlers import APILogHandler
 
-from moe_replay.stages.run import Run
+from moe_replay.archive.layout import STAGES
+from moe_replay.stages.run import Run, as_argument
 from tasks.progress import artifact_key
+from tasks.tracking_server import run_page
 
 ResultListener = Callable[[str, int, dict[str, float]], None]
 """Called with (run id, iteration, its metrics)."""
 HEADLINES = ("reward/mean", "mismatch/kl_k3", "mismatch/extreme_fraction", "routing/agreement")
 """The metrics that tell at a glance how a run fares; evaluation's are added."""
+_ROWS = 50
+"""Newest iterations that artifacts show: Prefect keeps each version of them, and MLflow has all."""
 
 _listeners: list[ResultListener] = []
 
@@ -36,19 +40,50 @@ def headlines(metrics: dict[str, float]) -> dict[str, float]:
 
 
 @task(name="report", cache_policy=NO_CACHE)
-def report_results(run: Run, results: list[dict[str, float]]) -> None:
-    """Tell listeners and the log of the newest iteration, and refresh the run's table in the Prefect UI."""
+def report_results(run: Run, results: list[dict[str, float]], mlflow_run_id: str) -> None:
+    """Tell listeners and the log of the newest iteration, and refresh the run's two artifacts in the Prefect UI."""
     newest = len(results) - 1
     for listener in _listeners:
         listener(run.run_id, newest, results[newest])
     told = ", ".join(f"{name} {value:.4g}" for name, value in headlines(results[newest]).items())
     get_run_logger().info("iteration %d: %s", newest, told)
-    rows = [{"iteration": n, **headlines(result)} for n, result in enumerate(results)]
+    shown = list(enumerate(results))[-_ROWS:]
+    rows = [{"iteration": n, **headlines(result)} for n, result in shown]
     description = f"Run `{run.run_id}`, method {run.config.method.label}"
     try:
         create_table_artifact(table=rows, key=artifact_key("results", run.run_id), description=description)
+        overview = _overview(run, dict(shown), run_page(run.home, mlflow_run_id))
+        create_markdown_artifact(overview, key=artifact_key("run", run.run_id), description=description)
     except Exception as error:
-        get_run_logger().warning("the table of results could not be refreshed (%s)", type(error).__name__)
+        get_run_logger().warning("the artifacts of the run could not be refreshed (%s)", type(error).__name__)
+
+
+def _overview(run: Run, results: dict[int, dict[str, float]], mlflow_page: str) -> str:
+    """Where to find what of the run, and how long each stage took, as Markdown."""
+    config, name = run.config, as_argument(run.config, run.run_id)
+    return f"""# Run {run.run_id}
+
+Method {config.method.label}, κ = {config.training.mini_steps}, seed {config.seed}; \
+{max(results) + 1} of {config.iterations} iterations are done.
+
+- MLflow: [metrics, charts, checkpoints]({mlflow_page})
+- Artifacts: `{run.store().name}`
+- Look with `moe-replay status {name}`, go on with `moe-replay resume {name}`
+
+## Seconds per stage
+
+{_durations(results)}
+"""
+
+
+def _durations(results: dict[int, dict[str, float]]) -> str:
+    stages = [stage for stage in STAGES if any(f"time/{stage}" in metrics for metrics in results.values())]
+    lines = [f"| iteration | {' | '.join(stages)} | total |", "|--:" * (len(stages) + 2) + "|"]
+    for iteration, metrics in results.items():
+        seconds = [metrics.get(f"time/{stage}") for stage in stages]
+        cells = ["-" if one is None else f"{one:.2f}" for one in seconds]
+        lines.append(f"| {iteration} | {' | '.join(cells)} | {sum(one or 0.0 for one in seconds):.2f} |")
+    return "\n".join(lines)
 
 
 def flush_logs() -> None:

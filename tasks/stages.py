@@ -11,9 +11,12 @@ from prefect.cache_policies import NO_CACHE
 
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import StagesConfig
+from moe_replay.errors import StabilityAlarm
 from moe_replay.interrupts import raise_lost_interrupt
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
+from tasks.events import telling_stage
+from tasks.lease import require_lease
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
 
@@ -89,18 +92,27 @@ def _given(name: str, ref: ArtifactRef | None) -> dict[str, ArtifactRef]:
 def _on_engine(
     run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], engine: str, function: str
 ) -> ArtifactRef:
-    """Run a stage's function in the process of an engine; whatever goes wrong, the next attempt gets a clean one."""
+    """Run a stage's function in the process of an engine; whatever goes wrong, the next attempt gets a clean one.
+
+    The stability alarm goes off before anything is changed, so the engine stays.
+    """
     pool = engines_of(run)
 
     def work() -> ArtifactRef:
         process = pool.rollout() if engine == "rollout" else pool.training()
         progress = StageProgress(run.run_id, stage, iteration)
+        # An engine may have been built for minutes.
+        require_lease(run)
         try:
-            return process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
+            made = process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
+        except StabilityAlarm:
+            raise
         except BaseException as error:
             progress(0, 0, f"stopped by {type(error).__name__}")
             pool.discard(engine)
             raise
+        progress.finish()
+        return made
 
     return _unless_committed(run, stage, iteration, inputs, work)
 
@@ -109,8 +121,14 @@ def _unless_committed(
     run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], work: Callable[[], ArtifactRef]
 ) -> ArtifactRef:
     raise_lost_interrupt()
+    require_lease(run)
     found = run.find(stage, iteration, inputs)
     if found is not None:
         get_run_logger().info("%s of iteration %d is committed already, skipped", stage, iteration)
         return found
-    return work()
+    # Reading the commit may have taken long, and so does the work.
+    require_lease(run)
+    with telling_stage(run.run_id, stage, iteration):
+        made = work()
+    require_lease(run)
+    return made

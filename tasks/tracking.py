@@ -1,10 +1,9 @@
-"""Runs in MLflow: one MLflow run for one training run, one step for one iteration. The only file that imports MLflow.
+"""Runs in MLflow: one MLflow run for one training run, one step for one iteration.
 
 Everything logged is read from committed artifacts, each step in one batch and under the time of its commits, so that a
 resumed run finds what is there and adds only what is missing.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,79 +11,51 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 
+from moe_replay.alarm import ALARM_METRIC
 from moe_replay.config import RunConfig, home_folder
 from moe_replay.dotted import dotted
-from moe_replay.errors import TrackingUnavailable
+from moe_replay.evaluations import Evaluation
 from moe_replay.preparation import package_versions
 from moe_replay.reports.results import iteration_metrics
-from moe_replay.stages.run import Run
+from moe_replay.stages.decisions import actions_in
+from moe_replay.stages.run import Run, as_argument
+from tasks.lineage import dataset_digest, log_checkpoint, log_data
+from tasks.links import prefect_page
 from tasks.retry import is_transient
+from tasks.tracking_server import client_of, errors_translated, experiment_of, tracking_uri
 
 RUN_KEY = "moe_replay.run"
 """Tag by which a training run finds its MLflow run again."""
+EVALUATION_OF = "moe_replay.evaluation_of"
+"""Tag of an evaluation's MLflow run: the training run, or the model, that it is of."""
 _REPORT_OF = "moe_replay.report_of"
 COMPARISON = "comparison"
 """Tag that the runs of one comparison share."""
+FLOW_RUN, FLOW_RUN_PAGE = "prefect.flow_run", "prefect.flow_run_page"
+"""Tags that name the Prefect flow run of the newest attempt."""
+_EVALUATION = "eval/"
 _ITERATIONS = "moe_replay.iterations_logged"
+_DECISIONS = "alarm.decisions"
 _SETTINGS_LOGGED = "moe_replay.settings_logged"
-_PERMANENT = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_DOES_NOT_EXIST"}
-_SHOWN_AS_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
-"""Has MLflow's UI open the experiment with charts of training runs, not with those of language model applications."""
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Raise what MLflow and its database raise as TrackingUnavailable where another attempt may succeed."""
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import OperationalError
-
-    try:
-        yield
-    except (RequestException, OperationalError) as error:
-        raise TrackingUnavailable(f"MLflow did not answer ({type(error).__name__}); try again") from error
-    except MlflowException as error:
-        if error.error_code in _PERMANENT:
-            raise
-        raise TrackingUnavailable(f"MLflow could not serve the request ({error.error_code}); try again") from error
-
-
-def tracking_uri(home: Path) -> str:
-    """MLFLOW_TRACKING_URI, by default a database under `home`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
 
 
 @task(name="open tracking", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=is_transient)
-@_translated()
+@errors_translated()
 def open_tracking(run: Run) -> str:
     """The id of the training run's MLflow run, which is created the first time and continued after."""
-    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
-
-    client = _client(run.home)
-    experiment_id = _experiment(client, run.config, run.home)
+    client = client_of(run.home)
+    experiment_id = experiment_of(client, run.config, run.home)
     key = _key(run)
     found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
-    if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        if _SETTINGS_LOGGED not in found[0].data.tags:
-            _log_settings(client, run_id, run.config)
-        return run_id
-    config = run.config
-    tags = {
-        RUN_KEY: key,
-        "method": config.method.label,
-        "route_source": config.method.route_source,
-        "model": config.model.path,
-        "kappa": str(config.training.mini_steps),
-        "seed": str(config.seed),
-        **({COMPARISON: config.tracking.comparison} if config.tracking.comparison else {}),
-        _ITERATIONS: "0",
-        MLFLOW_RUN_NOTE: f"Artifacts of this run: `{run.store().name}`. Look with `moe-replay status {run.run_id}`.",
-    }
-    run_id = client.create_run(experiment_id, run_name=run.run_id, tags=tags).info.run_id
-    _log_settings(client, run_id, config)
+    tracked = found[0] if found else client.create_run(experiment_id, run_name=run.run_id, tags=_tags(run))
+    run_id = tracked.info.run_id
+    client.update_run(run_id, status="RUNNING")
+    _tell_attempt(client, tracked, run)
+    log_data(client, run, run_id)
+    if _SETTINGS_LOGGED not in tracked.data.tags:
+        _log_settings(client, run_id, run.config)
     return run_id
 
 
@@ -96,35 +67,101 @@ def open_tracking(run: Run) -> str:
     retry_delay_seconds=2,
     retry_condition_fn=is_transient,
 )
-@_translated()
+@errors_translated()
 def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, float]:
     """Log an iteration's metrics as one step, unless they are there already, and return them."""
-    from mlflow.entities import Metric, RunTag
+    from mlflow.entities import RunTag
 
     metrics = iteration_metrics(run.store(), iteration)
-    client = _client(run.home)
+    client = client_of(run.home)
     logged = int(client.get_run(mlflow_run_id).data.tags.get(_ITERATIONS, "0"))
     if iteration >= logged:
-        moment = _milliseconds(run, iteration)
-        client.log_batch(
-            mlflow_run_id,
-            metrics=[Metric(key, value, moment, iteration) for key, value in sorted(metrics.items())],
-            tags=[RunTag(_ITERATIONS, str(iteration + 1))],
-        )
+        evaluated = any(name.startswith(_EVALUATION) for name in metrics)
+        model_id = log_checkpoint(client, run, mlflow_run_id, iteration) if evaluated else None
+        points = _points(run, iteration, metrics, model_id)
+        tags = [RunTag(_ITERATIONS, str(iteration + 1)), *_decision_tags(run, iteration, metrics)]
+        client.log_batch(mlflow_run_id, metrics=points, tags=tags)
     return metrics
 
 
-@_translated()
+def _decision_tags(run: Run, iteration: int, metrics: dict[str, float]) -> list[Any]:
+    """By iteration up to this one, what was decided on the stability alarm; nothing where this one raised none."""
+    from mlflow.entities import RunTag
+
+    if ALARM_METRIC not in metrics:
+        return []
+    found = {n: run.store().committed("training", n) for n in range(iteration + 1)}
+    told = {n: actions_in(training) for n, training in found.items() if training is not None}
+    return [RunTag(_DECISIONS, "; ".join(f"{n}: {', '.join(actions)}" for n, actions in told.items() if actions))]
+
+
+@task(
+    name="track evaluation",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=is_transient,
+)
+@errors_translated()
+def track_evaluation(evaluation: Evaluation) -> str:
+    """Log an evaluation's scores as a step of its own MLflow run, unless they are there; returns that run's id.
+
+    The MLflow run is one for all checkpoints of an evaluation, and tagged with the training run that it is of.
+    """
+    from mlflow.entities import Metric
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+    run, iteration = evaluation.run, evaluation.iteration
+    client = client_of(run.home)
+    experiment_id = experiment_of(client, run.config, run.home)
+    key = _key(run)
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+    else:
+        note = f"Scores of `{evaluation.subject}`, under `{run.store().name}`; a step is an iteration of that run."
+        tags = {RUN_KEY: key, EVALUATION_OF: evaluation.subject, MLFLOW_RUN_NOTE: note}
+        run_id = client.create_run(experiment_id, run_name=run.run_id, tags=tags).info.run_id
+    metrics, moment = iteration_metrics(run.store(), iteration), _milliseconds(run, iteration)
+    logged = {name: client.get_metric_history(run_id, name) for name in metrics}
+    missing = {n: v for n, v in metrics.items() if iteration not in {point.step for point in logged[n]}}
+    points = [Metric(name, value, moment, iteration) for name, value in sorted(missing.items())]
+    client.log_batch(run_id, metrics=points)
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+@contextmanager
+def recording_system_metrics(run: Run, mlflow_run_id: str) -> Iterator[None]:
+    """Have MLflow sample the machine (`system/...`) until the block ends; what fails is only logged.
+
+    MLflow's own variables tell how often, and MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false that it shall not.
+    """
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        yield
+        return
+    monitor = SystemMetricsMonitor(mlflow_run_id, resume_logging=True, tracking_uri=tracking_uri(run.home))
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+@errors_translated()
 def file_figures(run: Run, mlflow_run_id: str, folder: Path) -> None:
     """File what lies in `folder` with the run, in the place of earlier files of these names."""
-    _client(run.home).log_artifacts(mlflow_run_id, str(folder), "figures")
+    client_of(run.home).log_artifacts(mlflow_run_id, str(folder), "figures")
 
 
-@_translated()
+@errors_translated()
 def file_report(config: RunConfig, comparison: str, folder: Path) -> None:
     """File a comparison's report as an MLflow run of its own, which carries the tag of the runs that it compares."""
-    client = _client(home_folder())
-    experiment_id = _experiment(client, config, home_folder())
+    client = client_of(home_folder())
+    experiment_id = experiment_of(client, config, home_folder())
     wanted = f"tags.`{_REPORT_OF}` = '{comparison}'"
     found = client.search_runs([experiment_id], wanted, max_results=1)
     tags = {COMPARISON: comparison, _REPORT_OF: comparison}
@@ -137,9 +174,68 @@ def file_report(config: RunConfig, comparison: str, folder: Path) -> None:
 def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
     """Mark the MLflow run finished or failed; what MLflow raises is only logged, the run itself has ended."""
     try:
-        _client(run.home).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
+        client_of(run.home).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
     except Exception as error:
         get_run_logger().warning("MLflow run %s could not be closed (%s)", mlflow_run_id, type(error).__name__)
+
+
+def _tags(run: Run) -> dict[str, str]:
+    """What a run's MLflow run is created with."""
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+    config = run.config
+    return {
+        RUN_KEY: _key(run),
+        "method": config.method.label,
+        "route_source": config.method.route_source,
+        "model": config.model.path,
+        "kappa": str(config.training.mini_steps),
+        "seed": str(config.seed),
+        **({COMPARISON: config.tracking.comparison} if config.tracking.comparison else {}),
+        _ITERATIONS: "0",
+        FLOW_RUN_PAGE: prefect_page(),
+        MLFLOW_RUN_NOTE: _note(run, prefect_page()),
+    }
+
+
+def _tell_attempt(client: Any, tracked: Any, run: Run) -> None:
+    """Name the present flow run in tags and note; the rest of the note stays, which the user may have edited."""
+    from mlflow.entities import RunTag
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+    page, note = prefect_page(), tracked.data.tags.get(MLFLOW_RUN_NOTE, "")
+    if before := tracked.data.tags.get(FLOW_RUN_PAGE):
+        note = note.replace(before, page)
+    tags = {FLOW_RUN: str(flow_run.id), FLOW_RUN_PAGE: page, MLFLOW_RUN_NOTE: note}
+    client.log_batch(tracked.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def _note(run: Run, page: str) -> str:
+    name = as_argument(run.config, run.run_id)
+    return (
+        f"Artifacts: `{run.store().name}`\n\n"
+        f"Prefect: [flow run of the newest attempt]({page})\n\n"
+        f"Look with `moe-replay status {name}`, go on with `moe-replay resume {name}`.\n"
+    )
+
+
+def _points(run: Run, iteration: int, metrics: dict[str, float], model_id: str | None) -> list[Any]:
+    """An iteration's metrics as MLflow has them; those of evaluation belong to the checkpoint and the benchmark too."""
+    from mlflow.entities import Metric
+
+    moment = _milliseconds(run, iteration)
+
+    def about(name: str) -> dict[str, str | None]:
+        benchmark = name.split("/")[1] if name.startswith(_EVALUATION) else None
+        if benchmark not in run.benchmarks:
+            return {}
+        return {
+            "model_id": model_id,
+            "dataset_name": benchmark,
+            "dataset_digest": dataset_digest(run.benchmarks[benchmark]),
+        }
+
+    return [Metric(name, value, moment, iteration, **about(name)) for name, value in sorted(metrics.items())]
 
 
 def _key(run: Run) -> str:
@@ -154,32 +250,12 @@ def _milliseconds(run: Run, iteration: int) -> int:
     return int(max(finished).timestamp() * 1000) if finished else 0
 
 
-def _client(home: Path) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri(home))
-
-
-def _experiment(client: Any, config: RunConfig, home: Path) -> str:
-    from mlflow.exceptions import MlflowException
-
-    name = config.tracking.experiment
-    if experiment := client.get_experiment_by_name(name):
-        return experiment.experiment_id
-    # A tracking server knows where its artifacts go; a bare database would put them under the working folder.
-    local = not os.environ.get("MLFLOW_TRACKING_URI")
-    try:
-        artifacts = (home / "mlflow-artifacts").as_uri() if local else None
-        return client.create_experiment(name, artifacts, tags=_SHOWN_AS_TRAINING)
-    except MlflowException:
-        # Another run created it in between.
-        return client.get_experiment_by_name(name).experiment_id
-
-
 def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
     from mlflow.entities import Param
 
     settings = dotted(config.model_dump(mode="json"))
+    # Charts have axes of parameters, not of tags.
+    settings |= {"method": config.method.label, "kappa": config.training.mini_steps}
     versions = {f"version.{name}": number for name, number in package_versions().items()}
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in (settings | versions).items()])
     client.log_dict(run_id, config.model_dump(mode="json"), "config.json")

@@ -9,6 +9,8 @@ from typing import Any
 
 SMALL = {"rollout.prompts": 8, "rollout.responses": 4, "training.mini_steps": 2, "evaluation.samples": 1}
 """Settings of a run that is small enough to be repeated in tests."""
+EXACT = {**SMALL, "rollout.dtype": "float32"}
+"""Settings under which the same seed gives the same bytes."""
 
 
 def arguments(*words: str, settings: dict[str, Any] | None = None) -> list[str]:

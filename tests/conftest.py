@@ -16,6 +16,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     os.environ["MOE_REPLAY_HOME"] = str(folder)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.pop("MOE_REPLAY_ROOT", None)
     set_defaults()
     return folder
 

@@ -16,6 +16,7 @@ import pytest
 
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.lease import holding
 from moe_replay.config import load_config
 from moe_replay.data import addition
 from moe_replay.data.prompts import PromptTable
@@ -253,6 +254,25 @@ def test_status_shows_what_is_committed(command, run):
     }
     assert all((row["bytes"] > 0) == (row["state"] == "committed") for row in shown["stages"])
     assert "committed" in command("status", "run-1", "--root", run.root).stdout
+
+
+def test_status_shows_who_runs_the_run(command, run):
+    words = ("status", "run-1", "--root", run.root)
+    with holding(run.store().folder, print):
+        running = json.loads(command(*words, "--json").stdout)["running"]
+        shown = command(*words).stdout
+    assert running["pid"] == os.getpid()
+    assert 0 <= running["heartbeat_seconds_ago"] < 60
+    assert f"pid {os.getpid()} since {running['since']}, heartbeat " in shown
+    assert json.loads(command(*words, "--json").stdout)["running"] is None
+
+
+def test_a_run_that_is_in_use_is_refused_before_anything_starts(refused, run):
+    with holding(run.store().folder, print):
+        before = sorted(path for path in Path(run.root).rglob("*") if not path.name.startswith("."))
+        message = refused("resume", "run-1", "--root", run.root, code=1)
+        assert sorted(path for path in Path(run.root).rglob("*") if not path.name.startswith(".")) == before
+    assert f"pid {os.getpid()} runs it since" in message
 
 
 def test_inspect_counts_tokens_and_tells_where_routes_come_from(command, run):

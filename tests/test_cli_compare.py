@@ -55,6 +55,11 @@ def test_a_report_is_written_where_asked(runs, command, tmp_path):
     assert "compare grpo-0 grpo-1 r3-0 r3-1 --out report --root" in page
 
 
+def test_quiet_names_the_report_and_says_nothing_else(runs, command):
+    assert command("compare", *runs, "--out", "report", "--quiet") == "report/report.html\n"
+    assert command("compare", *runs, "--quiet") == ""
+
+
 def test_what_says_how_to_train_is_refused_where_nothing_is_trained(runs, command):
     with pytest.raises(ConfigError, match="--seeds, --iterations say how to train"):
         command("compare", *runs, "--iterations", "4", "--seeds", "3")

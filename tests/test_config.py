@@ -201,6 +201,15 @@ def test_the_root_defaults_to_a_folder_below_home(monkeypatch, tmp_path):
     assert run_root(load_config(None, {"storage.root": "s3://bucket/runs"})) == "s3://bucket/runs"
 
 
+def test_the_environment_names_another_default_root(monkeypatch):
+    monkeypatch.setenv("MOE_REPLAY_ROOT", "s3://runs/team")
+    assert run_root(RunConfig()) == "s3://runs/team"
+    assert run_root(load_config(None, {"storage.root": "/data/runs"})) == "/data/runs"
+    monkeypatch.setenv("MOE_REPLAY_ROOT", "s3://key:secret@runs")
+    with pytest.raises(ConfigError, match="give those in the environment"):
+        run_root(RunConfig())
+
+
 def test_pr2_is_r3_with_a_predictor_and_its_authors_variant_one_setting_away():
     r3, pr2 = (load_config(None, {"method": name}).method.model_dump() for name in ("r3", "pr2"))
     assert {key for key in r3 if r3[key] != pr2[key]} == {"name", "predictor"}

@@ -14,6 +14,8 @@ STAGES = ("rollout", "routes", "training", "predictor", "evaluation")
 RUN_FILE = "run.json"
 IMPORTS_KEY = "imported_routes"
 """Key in `run.json` of a run that holds imported routes and is never trained."""
+EVALUATES_KEY = "evaluates"
+"""Key in `run.json` of an evaluation, which trains nothing: which run's checkpoints, or which model, it is of."""
 COMMIT_FILE = "_committed.json"
 TIMING_FILE = "_timing.json"
 ATTEMPT_FILE = "_attempt.json"
@@ -90,6 +92,10 @@ class RunLayout:
         if iteration < 0:
             raise ConfigError(f"iteration {iteration} is negative; iterations count from 0")
         return f"iterations/{iteration:05d}/{stage}"
+
+    def alarm_file(self, iteration: int, what: str, rollout_sha256: str, number: int) -> str:
+        """A stability `alarm` on the batch in this commit of a rollout, or the `decision` on it; counted from 1."""
+        return f"iterations/{iteration:05d}/_{what}-{rollout_sha256}-{number}.json"
 
     @staticmethod
     def iteration_of(folder: str) -> int | None:

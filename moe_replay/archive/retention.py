@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 
 from moe_replay.archive.artifacts import Artifact, RunStore
+from moe_replay.archive.claims import CLAIMS_FOLDER, claimed_by
 from moe_replay.archive.layout import (
     CHECKPOINT_FOLDER,
     COMMIT_FILE,
@@ -25,6 +26,7 @@ from moe_replay.archive.layout import (
     check_run_id,
     placement_file,
 )
+from moe_replay.archive.lease import TTL_SECONDS
 from moe_replay.archive.placement import Expiry
 from moe_replay.archive.storage import Storage, StoredFile
 from moe_replay.errors import ArchiveCorrupt, ConfigError
@@ -112,14 +114,18 @@ def find_probes(root: str, grace: timedelta = GRACE) -> Findings:
 
 
 def find_unborn(root: str, grace: timedelta = GRACE) -> Findings:
-    """Attempts in folders that never became runs, as an import that was killed leaves them.
+    """Attempts and claims in folders that never became runs, as an import or a start that was killed leaves them.
 
-    A folder with no `run.json` is judged only where it holds attempts and nothing else; any other may be anyone's.
+    A folder with no `run.json` is judged only where it holds such and nothing else; any other may be anyone's.
     """
-    before = datetime.now(UTC) - grace
+    now = datetime.now(UTC)
     names = [name for name in Storage.at(root).folders() if _is_run_id(name) and not RunStore(root, name).exists()]
-    found = [(name, _attempts_alone(Storage.at(root) / name)) for name in names]
-    return Findings.joined([_leftovers(attempts, f"{name}/", "no run came of it", before) for name, attempts in found])
+    found = []
+    for name in names:
+        attempts, claims = _leftovers_alone(Storage.at(root) / name)
+        found.append(_leftovers(attempts, f"{name}/", "no run came of it", now - grace))
+        found.append(_dead_claims(claims, f"{name}/", now, grace))
+    return Findings.joined(found)
 
 
 def find_removable(store: RunStore, retention: Retention = Retention(), grace: timedelta = GRACE) -> Findings:
@@ -137,11 +143,13 @@ def find_removable(store: RunStore, retention: Retention = Retention(), grace: t
     artifacts, damaged = _artifacts(store, files)
     prefix = f"{store.run_id}/"
     leftovers = _leftovers(_unreferenced(files, artifacts, damaged), prefix, "no commit refers to it", now - grace)
+    claims = _dead_claims(_claims_in(files), prefix, now, grace)
     kept_from = _kept_from(artifacts, imports)
     given_up = {a.ref.uri: expiry for a, expiry in _given_up(artifacts, files, retention, now, kept_from)}
     expiring = [_expiring(artifact, given_up.get(artifact.ref.uri), files) for artifact in artifacts]
     kept = [f"{prefix}{uri}: its commit or objects are damaged; see moe-replay archive verify" for uri in damaged]
-    return Findings([*leftovers.removable, *filter(None, expiring)], [*kept, *leftovers.left_alone])
+    found = Findings.joined([leftovers, claims])
+    return Findings([*found.removable, *filter(None, expiring)], [*kept, *found.left_alone])
 
 
 def remove(root: str, removable: Removable) -> None:
@@ -209,19 +217,35 @@ def _unreferenced(files: Files, artifacts: list[Artifact], damaged: list[str]) -
     return found
 
 
-def _attempts_alone(folder: Storage) -> dict[str, Files]:
-    """Files of a folder that holds attempts and nothing else, by attempt; none of any other."""
-    found: dict[str, Files] = defaultdict(dict)
+def _leftovers_alone(folder: Storage) -> tuple[dict[str, Files], dict[str, Files]]:
+    """Files of a folder that holds attempts and claims and nothing else, by attempt and by claim; none of any other."""
+    attempts: dict[str, Files] = defaultdict(dict)
     # A foreign folder may be huge, so it is listed whole only when it looks like a run's.
-    if folder.folders() != ["iterations"] or folder.files(deep=False):
-        return found
-    for path, file in folder.files().items():
+    if not {"iterations", CLAIMS_FOLDER}.issuperset(folder.folders()) or folder.files(deep=False):
+        return {}, {}
+    files = folder.files()
+    claims = _claims_in(files)
+    for path in files.keys() - {path for claim in claims.values() for path in claim}:
         parts = path.split("/")
         known = len(parts) > 3 and RunLayout.iteration_of(parts[1]) is not None and attempted_stage(parts[2])
         if parts[0] != "iterations" or not known:
-            return {}
-        found["/".join(parts[:3])][path] = file
+            return {}, {}
+        attempts["/".join(parts[:3])][path] = files[path]
+    return attempts, claims
+
+
+def _claims_in(files: Files) -> dict[str, Files]:
+    """The files of each claim on a run."""
+    found: dict[str, Files] = defaultdict(dict)
+    for path, file in files.items():
+        if token := claimed_by(path):
+            found[f"{CLAIMS_FOLDER}/{token}"][path] = file
     return found
+
+
+def _dead_claims(claims: dict[str, Files], prefix: str, now: datetime, grace: timedelta) -> Findings:
+    # However short the grace, a runner that lives keeps its claim.
+    return _leftovers(claims, prefix, "claim of a runner that died", now - max(grace, timedelta(seconds=TTL_SECONDS)))
 
 
 def _files_of(artifact: Artifact) -> Iterator[str]:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -30,6 +30,8 @@ __all__ = ["Storage", "file_aside", "redacted", "storage_errors"]
 
 _BLOCK = 8 * 2**20
 _PARALLEL_REMOVALS = 8
+_MEETINGS = 10
+"""How often a folder may vanish between its making and the first file in it."""
 _READ_TIMEOUT = 30
 """Seconds without a byte from S3 after which a request is repeated."""
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -276,13 +278,24 @@ def _create_local(path: Path, data: bytes) -> bool:
 @contextmanager
 def _written_aside(path: Path, data: bytes) -> Iterator[Path]:
     """A file with `data` next to `path`, to be linked or moved there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with file_aside(path) as temporary:
-        with temporary.open("xb") as stream:
+        with _opened_new(temporary) as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         yield temporary
+
+
+def _opened_new(path: Path) -> BinaryIO:
+    """A new file, in a folder that is made; whoever removes folders for being empty may remove it in between."""
+    for attempt in range(_MEETINGS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("xb")
+        except (FileNotFoundError, FileExistsError):
+            if attempt == _MEETINGS - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _modified(info: dict[str, Any]) -> datetime | None:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cyclopts import App
@@ -11,6 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.claims import Claim, find_holder
+from moe_replay.archive.layout import EVALUATES_KEY
+from moe_replay.cli.alerts import install
 from moe_replay.cli.archive import inspect, verify
 from moe_replay.cli.compare import compare
 from moe_replay.cli.console import Json, Root, err, root_of
@@ -18,13 +22,15 @@ from moe_replay.cli.console import out as console
 from moe_replay.cli.counterfactual import counterfactual
 from moe_replay.cli.dashboard import dashboard
 from moe_replay.cli.diff import diff
+from moe_replay.cli.evaluate import evaluate
 from moe_replay.cli.exchange import export, import_
 from moe_replay.cli.gc import gc
 from moe_replay.cli.load import load
 from moe_replay.cli.predictor import fit, report
 from moe_replay.cli.training import resume, run
 from moe_replay.environment import make_home, set_defaults
-from moe_replay.errors import ConfigError, ReplayError
+from moe_replay.errors import ConfigError, ReplayError, StabilityAlarm
+from moe_replay.servers import MLFLOW_PORT, PREFECT_PORT, serve
 
 app = App(
     name="moe-replay",
@@ -33,10 +39,12 @@ app = App(
 )
 archive = App(name="archive", help="Look into routing archives, compare and exchange them, and remove what has served.")
 predictor = App(name="predictor", help="Fit evolution predictors again from what a run stored; show what they gain.")
+alerts = App(name="alerts", help="Have Prefect tell of runs that fail, crash, stall or become unstable.")
 data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
 app.command(compare)
+app.command(evaluate)
 app.command(counterfactual)
 app.command(dashboard)
 app.command(archive)
@@ -50,17 +58,19 @@ archive.command(gc)
 app.command(predictor)
 predictor.command(fit)
 predictor.command(report)
+app.command(alerts)
+alerts.command(install)
 app.command(data)
 
 
 def main() -> None:
-    """Entry point; exits with 2 for what the user has to change, 1 for what went wrong on the way."""
+    """Entry point; exits with 2 for what the user has to change, 3 for a decision to take, 1 for what went wrong."""
     set_defaults()
     try:
         app()
     except ReplayError as error:
         err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, StabilityAlarm) else 1)
     except KeyboardInterrupt:
         # All is closed by now; Prefect's threads would go on sending events to the server that was stopped.
         sys.stdout.flush()
@@ -70,7 +80,7 @@ def main() -> None:
 
 @app.command
 def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
-    """Show which stages of each iteration are committed, from storage alone.
+    """Show which stages of each iteration are committed and who runs the run, from storage alone.
 
     Parameters
     ----------
@@ -78,9 +88,13 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
         The run.
     """
     store = RunStore(root_of(root), run_id)
-    method = store.read_run().get("config", {}).get("method", {})
+    document = store.read_run()
+    method = document.get("config", {}).get("method", {})
     stages = [stage for iteration in store.iterations() for stage in store.status(iteration)]
     stages = [stage for stage in stages if stage.stage != "predictor" or method.get("predictor")]
+    if EVALUATES_KEY in document:
+        stages = [stage for stage in stages if stage.stage == "evaluation"]
+    holder = find_holder(store.folder)
     if json_:
         rows = [
             {
@@ -94,7 +108,7 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
             }
             for s in stages
         ]
-        print(json.dumps({"run_id": run_id, "root": root_of(root), "stages": rows}))
+        print(json.dumps({"run_id": run_id, "root": root_of(root), "running": _running(holder), "stages": rows}))
         return
     table = Table(title=f"run {run_id}", title_justify="left")
     for heading in ("iteration", "stage", "state", "bytes", "expired", "seconds"):
@@ -105,6 +119,21 @@ def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
             str(s.iteration), s.stage, s.state, *(f"{n:,}" if n else "-" for n in (s.bytes, s.expired_bytes)), seconds
         )
     console.print(table)
+    if running := _running(holder):
+        told = "running: {host} pid {pid} since {since}, heartbeat {heartbeat_seconds_ago:.0f} s ago"
+        console.print(told.format(**running), highlight=False, markup=False, soft_wrap=True)
+
+
+def _running(holder: Claim | None) -> dict[str, str | int | float] | None:
+    """Who has the run; the age of the heartbeat is right as far as its clock and ours agree."""
+    if holder is None:
+        return None
+    return {
+        "host": holder.runner.host,
+        "pid": holder.runner.pid,
+        "since": holder.began.isoformat(timespec="seconds"),
+        "heartbeat_seconds_ago": max(0.0, (datetime.now(UTC) - holder.at).total_seconds()),
+    }
 
 
 @data.command(name="reasoning-gym")
@@ -132,8 +161,6 @@ def reasoning_gym(task: str, out: Path, *, size: int = 512, seed: int = 0) -> No
 
 
 @app.command
-def ui(*, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
+def ui(*, mlflow_port: int = MLFLOW_PORT, prefect_port: int = PREFECT_PORT) -> None:
     """Start the MLflow UI and the Prefect server on loopback, until interrupted."""
-    from moe_replay.servers import serve
-
     serve(make_home(), mlflow_port, prefect_port, console)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
+from moe_replay.cli.console import Json, Quiet, Root, command_name, console_for_progress, out, root_of
 from moe_replay.config import RunConfig, load_config, parse_override
 from moe_replay.errors import ConfigError, ReplayError
 from moe_replay.reports.comparison import Cell, GroupComparison, MethodComparison, compare_methods
@@ -44,6 +45,7 @@ def compare(
     out_: Annotated[Path | None, Parameter(name="--out")] = None,
     root: Root = None,
     json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare methods on one model and the same data, each against a baseline, with intervals.
 
@@ -77,9 +79,8 @@ def compare(
     if methods is not None:
         if runs:
             raise ConfigError(f"--methods trains runs of its own, and {', '.join(runs)} exist; give one or the other")
-        trained = _train(
-            methods.split(","), seeds or "0,1,2", name, _settings(config, iterations, set_, root), baseline, json_
-        )
+        settings, console = _settings(config, iterations, set_, root), console_for_progress(json_, quiet)
+        trained = _train(methods.split(","), seeds or "0,1,2", name, settings, baseline, console)
         runs = tuple(trained.runs)
         if not runs:
             raise _failed(trained)
@@ -97,10 +98,12 @@ def compare(
         written = Path(trained.report) / REPORT_FILE if trained else None
     if json_:
         print(comparison.model_dump_json())
-    else:
+    elif not quiet:
         show_comparison(comparison)
         told = f"wrote {written}, with figures" if written else _next(runs, baseline, root)
         out.print(escape(told), highlight=False, soft_wrap=True)
+    elif written is not None:
+        print(written)
     if trained and trained.failed:
         raise _failed(trained)
 
@@ -126,7 +129,7 @@ def _settings(config: Path | None, iterations: int | None, set_: list[str] | Non
 
 
 def _train(
-    methods: list[str], seeds: str, name: str | None, config: RunConfig, baseline: str | None, as_json: bool
+    methods: list[str], seeds: str, name: str | None, config: RunConfig, baseline: str | None, console: Console
 ) -> "Compared":
     from moe_replay.cli.methods_run import train_methods
 
@@ -140,7 +143,7 @@ def _train(
     numbers = [int(seed) for seed in seeds.split(",")]
     # The command as it was given, under the name that was made up for it.
     go_on = shlex.join([command_name(), *sys.argv[1:], *([] if name else ["--name", comparison])])
-    return train_methods(config, chosen, numbers, comparison, baseline, err if as_json else out, go_on)
+    return train_methods(config, chosen, numbers, comparison, baseline, console, go_on)
 
 
 def _next(runs: Sequence[str], baseline: str | None, root: str | None) -> str:

@@ -1,6 +1,7 @@
 """What all commands share: the consoles, common options, and how this command is called."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,19 +11,37 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from moe_replay.config import parse_config, run_root
+from moe_replay.errors import ConfigError
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object and nothing else.")]
+Quiet = Annotated[
+    bool, Parameter(name="--quiet", negative="", help="Print the name of what was made and errors, nothing else.")
+]
 Root = Annotated[str | None, Parameter(name="--root", help="fsspec URL under which runs lie.")]
 
 out = Console()
 """Standard output, for results."""
 err = Console(stderr=True)
 """Standard error, for what a program that reads the results must not see."""
+_nowhere = Console(quiet=True, force_terminal=False)
+
+
+def console_for_progress(as_json: bool, quiet: bool) -> Console:
+    """Where progress is shown: apart from what a program reads, and nowhere when nobody wants it."""
+    return _nowhere if quiet else err if as_json else out
 
 
 def root_of(root: str | None) -> str:
     """The URL under which runs lie: `root` where given, else the default; raises ConfigError for an unusable one."""
     return run_root(parse_config({"storage": {"root": root}}))
+
+
+def run_and_iteration(name: str) -> tuple[str, int | None]:
+    """The parts of RUN or RUN@ITERATION; raises ConfigError for anything else."""
+    run_id, at, iteration = name.partition("@")
+    if at and not re.fullmatch(r"\d+", iteration):
+        raise ConfigError(f"{name!r} is neither a run nor RUN@ITERATION, for example {run_id}@3")
+    return run_id, int(iteration) if at else None
 
 
 def command_name() -> str:

@@ -1,6 +1,5 @@
 """`moe-replay archive diff`: where the routes of two runs differ."""
 
-import re
 from pathlib import Path
 
 from rich.markup import escape
@@ -12,9 +11,8 @@ from moe_replay.analysis.differences import Comparison
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
-from moe_replay.cli.console import Json, Root, command_name, out, root_of
+from moe_replay.cli.console import Json, Root, command_name, out, root_of, run_and_iteration
 from moe_replay.drawing import check_figure
-from moe_replay.errors import ConfigError
 from moe_replay.stages.samples import read_answers
 
 _WORST_SHOWN = 5
@@ -47,11 +45,9 @@ def diff(a: str, b: str, *, figure: Path | None = None, root: Root = None, json_
 
 
 def _open(name: str, root: str) -> tuple[RunStore, RouteArchive]:
-    run_id, at, iteration = name.partition("@")
-    if at and not re.fullmatch(r"\d+", iteration):
-        raise ConfigError(f"{name!r} is neither a run nor RUN@ITERATION, for example {run_id}@3")
+    run_id, iteration = run_and_iteration(name)
     store = RunStore(root, run_id)
-    return store, open_archive(store, int(iteration) if at else None)
+    return store, open_archive(store, iteration)
 
 
 def _prompt_tokens(store: RunStore, routes: RouteArchive) -> dict[bytes, int]:

@@ -1,29 +1,16 @@
 """`moe-replay archive gc`: remove what dead writers left, and artifacts that have served."""
 
 import json
-from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from typing import Annotated
 
 from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
 
-from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.retention import (
-    GRACE,
-    Findings,
-    Removable,
-    Retention,
-    find_probes,
-    find_removable,
-    find_unborn,
-    remove,
-    runs_under,
-)
+from moe_replay.archive.cleaning import clean, searches
+from moe_replay.archive.retention import GRACE, Findings, Removable, Retention
 from moe_replay.cli.console import Json, Root, out, root_of
-from moe_replay.errors import ArchiveCorrupt
 
 
 def gc(
@@ -58,20 +45,8 @@ def gc(
     """
     url = root_of(root)
     retention = Retention(older_than, keep_iterations, keep_last_checkpoint)
-    for run in runs:
-        # A wrong name is told before anything is removed; a damaged run is told with what was found.
-        with suppress(ArchiveCorrupt):
-            RunStore(url, run).read_run()
-    # Run by run, and each removed as soon as it was looked at, so that little happens in between.
-    searches = [partial(find_removable, RunStore(url, run), retention, grace) for run in runs or runs_under(url)]
-    # A folder that never became a run can't be named.
-    searches += [] if runs else [partial(find_unborn, url, grace)]
-    searched = []
-    for search in (*searches, partial(find_probes, url, grace)):
-        searched.append(search())
-        for removable in searched[-1].removable if delete else ():
-            remove(url, removable)
-    found = Findings.joined(searched)
+    searched = searches(url, runs, retention, grace).values()
+    found = Findings.joined([clean(url, search, delete) for search in searched])
     if json_:
         rows = [_row(removable) for removable in found.removable]
         print(json.dumps({"root": url, "deleted": delete, "removable": rows, "left_alone": found.left_alone}))

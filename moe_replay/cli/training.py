@@ -11,12 +11,14 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
+from moe_replay.alarm import Action
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
+from moe_replay.cli.console import Json, Quiet, Root, command_name, console_for_progress, err, out, root_of
 from moe_replay.config import RunConfig, load_config, parse_override
 from moe_replay.environment import make_home
-from moe_replay.errors import EngineLost
+from moe_replay.errors import ConfigError, EngineLost
 from moe_replay.interrupts import interruptible
+from moe_replay.stages.run import as_argument
 
 
 def run(
@@ -28,6 +30,7 @@ def run(
     set_: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
     root: Root = None,
     json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a policy with routing replay.
 
@@ -55,37 +58,70 @@ def run(
     settings = load_config(config, overrides)
     if run_id is None:
         run_id = f"{settings.method.name}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-    _train(settings, run_id, json_)
+    _train(settings, run_id, json_, quiet)
 
 
-def resume(run_id: str, *, root: Root = None, json_: Json = False) -> None:
-    """Continue a run at its first stage that is not committed, with the config it was started with."""
+def resume(
+    run_id: str, *, decide: Action | None = None, root: Root = None, json_: Json = False, quiet: Quiet = False
+) -> None:
+    """Continue a run at its first stage that is not committed, with the config it was started with.
+
+    Parameters
+    ----------
+    run_id
+        The run.
+    decide
+        What becomes of the batch that the stability alarm stopped at.
+    """
     from moe_replay.preparation import stored_config
 
-    config = stored_config(RunStore(root_of(root), run_id))
+    store = RunStore(root_of(root), run_id)
+    config = stored_config(store)
+    if decide is not None:
+        _decide(store, config, decide)
     storage = config.storage.model_copy(update={"root": root})
-    _train(config.model_copy(update={"storage": storage}), run_id, json_)
+    _train(config.model_copy(update={"storage": storage}), run_id, json_, quiet)
 
 
-def _train(config: RunConfig, run_id: str, as_json: bool) -> None:
-    """Run the flow in this process, showing progress on standard error when standard output is for a program."""
+def _decide(store: RunStore, config: RunConfig, action: Action) -> None:
+    from moe_replay.stages.decisions import waiting_batch
+
+    batch = waiting_batch(store)
+    if batch is None:
+        raise ConfigError(
+            f"run {store.run_id} waits for no decision: no batch of it stopped at the stability alarm; resume it "
+            "without --decide"
+        )
+    batch.decide(config, action, "person")
+
+
+def _train(config: RunConfig, run_id: str, as_json: bool, quiet: bool) -> None:
+    """Run the flow in this process, and say what came of it."""
     from moe_replay.preparation import preflight
 
     # Before Prefect is imported: that takes seconds, and wants to make its home.
     preflight(config, run_id)
+
+    def tell(what: str) -> None:
+        err.print(what, highlight=False, markup=False, soft_wrap=True)
+
     # The display and our own errors tell what Prefect would log here; its own interface still shows every line.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from moe_replay.servers import prefect_server
+    from tasks.lease import holding_run
 
-    with prefect_server(make_home()) as wait_for_prefect:
-        done = _run_flow(config, run_id, err if as_json else out, wait_for_prefect)
+    with holding_run(config, run_id, tell), prefect_server(make_home()) as wait_for_prefect:
+        done = _run_flow(config, run_id, console_for_progress(as_json, quiet), wait_for_prefect)
     store = RunStore(done["root"], run_id)
     if as_json:
         from moe_replay.reports.results import iteration_metrics
 
         print(json.dumps({**done, "iterations": [iteration_metrics(store, n) for n in range(config.iterations)]}))
         return
-    named = _named(config, run_id)
+    if quiet:
+        print(run_id)
+        return
+    named = as_argument(config, run_id)
     out.print(
         f"\nrun       {run_id}\nartifacts {store.name}\nMLflow    run {done['mlflow_run_id']}\n"
         f"\nnext:  {command_name()} status {named}\n       {command_name()} archive inspect {named}\n"
@@ -103,9 +139,15 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
     from tasks.engines import engines_of
     from tasks.progress import listening
     from tasks.reporting import flush_logs, hearing_results
+    from tasks.stability import hearing_alarms
 
     title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
-    with RunDisplay(console, title) as display, listening(display.on_progress), hearing_results(display.on_result):
+    with (
+        RunDisplay(console, title) as display,
+        listening(display.on_progress),
+        hearing_results(display.on_result),
+        hearing_alarms(display.on_alarm),
+    ):
         try:
             with interruptible():
                 ready = prepare(
@@ -122,17 +164,12 @@ def _run_flow(config: RunConfig, run_id: str, console: Console, wait_for_prefect
                 finally:
                     flush_logs()
         except KeyboardInterrupt:
-            go_on = f"stopped; what is committed stays: {command_name()} resume {_named(config, run_id)}"
+            go_on = f"stopped; what is committed stays: {command_name()} resume {as_argument(config, run_id)}"
             err.print(go_on, highlight=False, markup=False, soft_wrap=True)
             raise
         except TimeoutError as error:
             raise EngineLost(
                 f"a stage took longer than stages.timeout_seconds = {config.stages.timeout_seconds:g} in each of "
                 f"{config.stages.retries + 1} attempts; raise the limit, then: {command_name()} "
-                f"resume {_named(config, run_id)}"
+                f"resume {as_argument(config, run_id)}"
             ) from error
-
-
-def _named(config: RunConfig, run_id: str) -> str:
-    """The run as a command has to name it."""
-    return f"{run_id} --root {config.storage.root}" if config.storage.root else run_id

@@ -40,11 +40,10 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
         super().save_checkpoint(local_path, global_step=global_step)
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=whole)
-        state = get_optimizer_state_dict(
-            self.model,
-            self.optimizer,
-            options=whole,
-        )
+        state = {"state": {}, "param_groups": []}
+        # Asked for the state of an optimizer that took no step, torch makes one by a step of its own, and counts it.
+        if self.optimizer.state:
+            state = get_optimizer_state_dict(self.model, self.optimizer, options=whole)
         if self.rank == 0:
             # transformers undoes its own renaming and fusing of experts, for every family it can load.
             self.model.save_pretrained(Path(local_path) / MODEL_FOLDER, state_dict=weights)
@@ -61,12 +60,9 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
         """
         state, scheduler = _read_optimizer(Path(local_path) / OPTIMIZER_FOLDER)
         try:
-            set_optimizer_state_dict(
-                self.model,
-                self.optimizer,
-                optim_state_dict=state,
-                options=StateDictOptions(full_state_dict=True),
-            )
+            if state["param_groups"]:  # else it took no step
+                options = StateDictOptions(full_state_dict=True)
+                set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=state, options=options)
         except (KeyError, RuntimeError, ValueError) as error:
             raise ArchiveCorrupt(
                 f"the optimizer state in {local_path} covers {len(state['state'])} parameters and does not fit this "
@@ -83,7 +79,9 @@ def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, A
         for slot, value in slots.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(tensors, folder, filename_pattern="optimizer{suffix}.safetensors", max_shard_size=_SHARD_SIZE)
+    if tensors:
+        pattern = "optimizer{suffix}.safetensors"
+        save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=_SHARD_SIZE)
     document = {"param_groups": state["param_groups"], "scheduler": scheduler}
     (folder / _SCALARS).write_text(json.dumps(document, sort_keys=True))
 

@@ -6,7 +6,8 @@ layers, K experts per token, E experts, H hidden size.
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,10 +132,12 @@ class TrainingEngine:
         temperature: float,
         reference: Sequence[RoutingTrace] | None = None,
         sampled: Sequence[npt.NDArray[np.int64]] | None = None,
+        lr_factor: float = 1.0,
     ) -> Pass:
         """One optimizer step of the method's policy loss on these sequences, sampled at `temperature`.
 
-        What is returned was seen before the weights changed. Routes, reference and sampled as in `score`.
+        What is returned was seen before the weights changed. Routes, reference and sampled as in `score`; `lr_factor`
+        multiplies the learning rate of this step alone.
         """
         from verl.workers.utils.losses import ppo_loss
 
@@ -144,9 +147,22 @@ class TrainingEngine:
         batch = self._batch(sequences, PassRoutes(routes, reference, sampled), temperature, per_token)
         self.weights = None
         with self._engine.train_mode():
-            output = self._engine.train_batch(batch, partial(ppo_loss, _actor_config(method, len(sequences))))
+            with self._scaled_learning_rate(lr_factor):
+                output = self._engine.train_batch(batch, partial(ppo_loss, _actor_config(method, len(sequences))))
             self._engine.lr_scheduler_step()
         return self._pass(output, batch)
+
+    @contextmanager
+    def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
+        groups = self._engine.optimizer.param_groups
+        scheduled = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] *= factor
+        try:
+            yield
+        finally:
+            for group, learning_rate in zip(groups, scheduled, strict=True):
+                group["lr"] = learning_rate
 
     def _build(self, model: Path) -> Any:
         from verl.trainer.config import CheckpointConfig

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_replay.alarm import ALARM_METRIC
 from moe_replay.dotted import dotted
 from moe_replay.errors import ConfigError
 from moe_replay.reports.runs import RunResults, one_line
@@ -17,8 +18,8 @@ Value = Callable[[Mapping[str, float]], float | None]
 """A number from an iteration's metrics; None where they lack it."""
 
 _COMPARED = ("seed", "training.mini_steps", "method.")
-_NO_PART_OF_RESULTS = ("iterations", "storage.", "stages.", "tracking.", "model.path", "data.train")
-"""Paths among them: what lies there is compared by checksum."""
+_NO_PART_OF_RESULTS = ("iterations", "storage.", "stages.", "tracking.", "alarm.", "model.path", "data.train")
+"""Paths among them: what lies there is compared by checksum. Of the alarm decisions count, and notes tell of those."""
 _BENCHMARK_FILES = "evaluation.benchmarks."
 _OF_PREDICTORS = ("predictor.", "evolution.")
 _VARIANTS = (*_OF_PREDICTORS, "rollout.gate_dtype")
@@ -145,6 +146,11 @@ def _notes(run: RunResults, common: set[int]) -> list[str]:
         notes.append(f"Run {run.run_id}: {_span(run.incomplete)} left out, not completed.")
     if longer := [number for number in _iterations(run) if number not in common]:
         notes.append(f"Run {run.run_id}: {_span(longer)} left out, which not all runs completed.")
+    if alarms := [part.iteration for part in run.iterations if ALARM_METRIC in part.metrics]:
+        notes.append(
+            f"Run {run.run_id}: the stability alarm was raised in {_span(alarms)}, whose batches were trained on, or "
+            "not, as was decided."
+        )
     if lacking := [number for number in run.without_routing if number in common]:
         notes.append(
             f"Run {run.run_id}: statistics by layer of {_span(lacking)} are not stored (removed by retention, or "

@@ -15,6 +15,7 @@ from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.seeds import derive_seed
+from moe_replay.stages.decisions import is_skipped
 
 _INITIAL = "model://initial"
 
@@ -100,10 +101,10 @@ class Run(BaseModel):
     def is_complete(self) -> bool:
         """Whether the last iteration's stages are committed, so that no engine is needed."""
         last, store = self.config.iterations - 1, self.store()
-        needed = ["training"]
-        needed += ["predictor"] if self.config.method.predictor else []
-        needed += ["evaluation"] if self.config.evaluates(last) else []
-        return all(store.commit_of(stage, last) is not None for stage in needed)
+        training = store.committed("training", last)
+        needed = ["evaluation"] if self.config.evaluates(last) else []
+        needed += ["predictor"] if self.config.method.predictor and training and not is_skipped(training) else []
+        return training is not None and all(store.commit_of(stage, last) is not None for stage in needed)
 
     @property
     def initial_policy(self) -> ArtifactRef:
@@ -148,3 +149,8 @@ class Run(BaseModel):
     def open(self, ref: ArtifactRef) -> Artifact:
         """A committed artifact of this run."""
         return self.store().open(ref)
+
+
+def as_argument(config: RunConfig, run_id: str) -> str:
+    """The run as a command has to name it."""
+    return f"{run_id} --root {config.storage.root}" if config.storage.root else run_id

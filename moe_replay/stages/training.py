@@ -14,13 +14,13 @@ from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import CHECKPOINT_FOLDER
 from moe_replay.archive.log_probs import write_log_probs
 from moe_replay.archive.routes import RouteArchive
-from moe_replay.config import RunConfig
 from moe_replay.engines.process import Progress
 from moe_replay.engines.training import Pass, TrainingEngine
-from moe_replay.errors import ReplayError
+from moe_replay.errors import ReplayError, StabilityAlarm
 from moe_replay.routing.metrics import policy_health
 from moe_replay.routing.predictor import EvolutionPredictor
 from moe_replay.routing.statistics import ROUTING_FILE
+from moe_replay.stages.decisions import BatchAlarms, Decided
 from moe_replay.stages.evolution import EvolutionRecorder, Positions
 from moe_replay.stages.old_log_probs import Batch, captured_routes, old_log_prob_pass
 from moe_replay.stages.responses import Responses
@@ -41,9 +41,11 @@ def train_replayed(
 ) -> ArtifactRef:
     """Take the iteration's κ optimizer steps from `policy` and commit checkpoint, evolution and metrics.
 
-    `predictor` is given where the method predicts the routes of the old log-prob pass.
+    `predictor` is given where the method predicts the routes of the old log-prob pass. A batch on which the stability
+    alarm was raised is treated as was decided; one that is skipped leaves the policy as it was.
 
     Raises:
+        StabilityAlarm: the mismatch is beyond a bound and nothing was decided; engine and storage are as before.
         RoutingMismatch: the routes or the predictor are not those of the rollout's tokens or of this model.
         ArchiveCorrupt: an input is not as committed.
     """
@@ -59,33 +61,60 @@ def train_replayed(
     archive.require_model(engine.num_experts, engine.top_k, engine.layers)
     archive.require_rollout(rollout)
     archive.require_tokens(responses.digests)
+    alarms = BatchAlarms(run.store(), iteration, rollout)
+    decided = Decided.of(run.config, alarms.decisions())
     observation = RouteObservation(engine.layers, engine.num_experts)
     recorder = None
-    if run.config.records_evolution:
+    if run.config.records_evolution and not decided.skips:
         seed = run.seed("evolution", iteration)
         recorder = EvolutionRecorder(writer, engine, run.config, responses, archive, policy.sha256, seed)
-    predicted = None
-    if predictor:
-        with run.predictor(predictor, iteration) as file:
-            predicted = EvolutionPredictor.load(file)
-        predicted.require_model(engine.num_experts, engine.hidden_size, engine.layers)
-    batch, metrics = old_log_prob_pass(engine, run.config, responses, archive, observation, recorder, predicted)
-    steps = _mini_steps(engine, run.config, batch, archive, observation, recorder, progress)
-    metrics |= observation.metrics() | _summarize(steps)
+    predicted = _read_predictor(run, engine, iteration, predictor) if decided.config.method.predictor else None
+    batch, metrics = old_log_prob_pass(engine, decided.config, responses, archive, observation, recorder, predicted)
+    _require_finite(metrics)
+    if not decided.is_final:
+        _require_stable(run, alarms, metrics, writer)
+    steps = [] if decided.skips else _mini_steps(engine, decided, batch, archive, observation, recorder, progress)
+    metrics |= observation.metrics() | _summarize(steps) | decided.metrics()
     if predicted:
         metrics["predictor/layers_steered"] = float(len(predicted.weights))
     _require_finite(metrics)
     _write(writer, run, engine, batch, observation, steps)
     if recorder:
         recorder.close()
-    ref = writer.commit(metrics=metrics, attributes={"method": run.config.method.label})
+    ref = writer.commit(metrics=metrics, attributes={"method": run.config.method.label, **decided.attributes()})
     engine.weights = ref.sha256
     return ref
 
 
+def _read_predictor(
+    run: Run, engine: TrainingEngine, iteration: int, ref: ArtifactRef | None
+) -> EvolutionPredictor | None:
+    if ref is None:
+        return None
+    with run.predictor(ref, iteration) as file:
+        predictor = EvolutionPredictor.load(file)
+    predictor.require_model(engine.num_experts, engine.hidden_size, engine.layers)
+    return predictor
+
+
+def _require_stable(run: Run, alarms: BatchAlarms, metrics: Metrics, writer: StageWriter) -> None:
+    """Stop before a batch whose mismatch is beyond a bound, leaving nothing behind but the alarm."""
+    excess = run.config.alarm.excess(metrics)
+    if excess is None:
+        return
+    writer.discard()
+    alarm = alarms.raise_alarm(excess)
+    named = f"{run.run_id} --root {run.config.storage.root}" if run.config.storage.root else run.run_id
+    raise StabilityAlarm(
+        f"iteration {alarm.iteration} of run {run.run_id} stopped before it trained: {alarm.reason}; decide what "
+        f"becomes of the batch with moe-replay resume {named} --decide {'|'.join(alarm.actions(run.config.method))}",
+        *excess,
+    )
+
+
 def _mini_steps(
     engine: TrainingEngine,
-    config: RunConfig,
+    decided: Decided,
     batch: Batch,
     archive: RouteArchive,
     observation: RouteObservation,
@@ -93,13 +122,14 @@ def _mini_steps(
     progress: Progress,
 ) -> list[Metrics]:
     """The optimizer steps of the iteration, each on its mini-batch, and what each saw."""
-    number = config.training.mini_steps
+    number = decided.config.training.mini_steps
     parts, steps = batch.responses.parts(number), []
     # Without replay the reference is what served the token at rollout, as in PR2's comparison of GRPO.
     references = iter(batch.own) if batch.own is not None else captured_routes(engine, archive, parts)
     for part, reference in zip(parts, references, strict=True):
         step = len(steps) + 1
-        seen, metrics = _mini_step(engine, config, batch, part, reference, recorder.sampled(step) if recorder else None)
+        sampled = recorder.sampled(step) if recorder else None
+        seen, metrics = _mini_step(engine, decided, batch, part, reference, sampled)
         steps.append(metrics | observation.add_mini_step(reference, seen))
         if recorder:
             recorder.after(step, seen)
@@ -109,13 +139,14 @@ def _mini_steps(
 
 def _mini_step(
     engine: TrainingEngine,
-    config: RunConfig,
+    decided: Decided,
     batch: Batch,
     part: slice,
     reference: Traces,
     sampled: Positions | None,
 ) -> tuple[Pass, Metrics]:
     """One optimizer step on a part of the batch, measured before it changes the weights."""
+    config = decided.config
     replays = config.method.route_source != "none"
     seen = engine.step(
         batch.responses.sequences[part],
@@ -127,6 +158,7 @@ def _mini_step(
         config.rollout.temperature,
         reference=reference,
         sampled=sampled,
+        lr_factor=decided.lr_factor,
     )
     width = seen.log_probs_NS.shape[1]
     health = policy_health(
@@ -162,6 +194,8 @@ def _write(
 
 def _summarize(steps: list[Metrics]) -> Metrics:
     """The iteration's metrics from its mini-steps': means, the largest ratio, and the agreement of each step."""
+    if not steps:
+        return {}
     metrics = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
     metrics["policy/ratio_max"] = max(step["policy/ratio_max"] for step in steps)
     for number, step in enumerate(steps, start=1):

@@ -1,5 +1,6 @@
 """Writers that take turns at every request to one in-memory store, in an order that a test chooses."""
 
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ class Turns:
         self._killed = [False] * len(writers)
         self._numbers: dict[int, int] = {}
         self.results: list[object] = [None] * len(writers)
+        self.requests = 0
+        """Made by all so far: a clock."""
 
     def play(self, schedule: Sequence[int], killed_after: dict[int, int]) -> list[object]:
         """Each entry of `schedule` gives that writer one request; then all run to their ends in turn.
@@ -44,7 +47,8 @@ class Turns:
         rest = [n for n in range(len(self._threads)) for _ in range(1000)]
         for n in [*schedule, *rest]:
             if self._threads[n].is_alive() and n in self._numbers.values():
-                self._killed[n] = killed_after.get(n) == made[n]
+                # The dead make no more requests, whatever they would clean up.
+                self._killed[n] = killed_after.get(n, sys.maxsize) <= made[n]
                 made[n] += 1
                 self._may_go[n].release()
                 self._stopped[n].acquire()
@@ -62,6 +66,7 @@ class Turns:
         self._may_go[n].acquire()
         if self._killed[n]:
             raise Killed
+        self.requests += 1
 
     def _run(self, n: int, writer: Callable[[], object]) -> None:
         self._numbers[threading.get_ident()] = n
@@ -81,6 +86,7 @@ class SteppedFileSystem(MemoryFileSystem):
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
     puts_conditionally = True
+    _finding = False
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -97,9 +103,19 @@ class SteppedFileSystem(MemoryFileSystem):
         _wait()
         return super().pipe_file(path, value, mode if self.puts_conditionally else "overwrite")
 
+    def ls(self, path, detail=True, **kwargs):
+        # Those that `find` makes are parts of one request.
+        if not self._finding:
+            _wait()
+        return super().ls(path, detail, **kwargs)
+
     def find(self, path, maxdepth=None, withdirs=False, detail=False, **kwargs):
         _wait()
-        return super().find(path, maxdepth, withdirs, detail)
+        self._finding = True
+        try:
+            return super().find(path, maxdepth, withdirs, detail)
+        finally:
+            self._finding = False
 
     def rm_file(self, path):
         _wait()

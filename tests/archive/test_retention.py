@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
 from moe_replay.archive.layout import IMPORTS_KEY, STAGES, placement_file
+from moe_replay.archive.lease import holding
 from moe_replay.archive.retention import (
     Findings,
     Retention,
@@ -433,3 +434,51 @@ def test_nothing_that_a_commit_refers_to_ever_goes_unasked(tmp_path_factory, num
         assert store.verify(ref) == []
         if iteration >= newest or stage == "evaluation":
             assert store.open(ref).expiry is None
+
+
+def leave_claim(store, age: timedelta) -> None:
+    """What a runner that was killed leaves, a heartbeat half written included."""
+    for name in ("claim", "json"):
+        store.folder.write(f"_lease/{'0' * 32}.{name}", b"{}")
+    store.folder.write(f"_lease/.{'0' * 32}.json.{'1' * 32}", b"{")
+    if folder := store.folder.local_folder:
+        for path in (folder / "_lease").iterdir():
+            os.utime(path, (time.time() - age.total_seconds(),) * 2)
+
+
+@pytest.mark.parametrize("born", [True, False])
+def test_the_claim_of_a_runner_that_died_goes_and_keeps_no_folder_from_going(tmp_path, born):
+    store = RunStore(str(tmp_path), "run-1")
+    if born:
+        commit_run(store, 3)
+    before = set(listing(store))
+    leave_claim(store, timedelta(minutes=1))
+    if not born:
+        store.begin("routes", 0, {}, DIGEST)
+    found = find_removable(store, grace=NO_GRACE) if born else find_unborn(str(tmp_path), NO_GRACE)
+    claims = [removable for removable in found.removable if removable.why == "claim of a runner that died"]
+    assert [(claim.name, len(claim.paths)) for claim in claims] == [(f"run-1/_lease/{'0' * 32}", 3)]
+    for removable in found.removable:
+        remove(str(tmp_path), removable)
+    assert set(listing(store)) == before
+    assert (tmp_path / "run-1").exists() == born
+    assert not (tmp_path / "run-1" / "_lease").exists()
+
+
+@pytest.mark.parametrize("born", [True, False])
+def test_a_runner_that_lives_keeps_its_claim_however_short_the_grace(store, root, born):
+    if born:
+        commit_run(store, 3)
+    with holding(store.folder, print) as held:
+        found = find_removable(store, grace=NO_GRACE) if born else find_unborn(root, NO_GRACE)
+        assert found.removable == []
+        assert found.left_alone[0].startswith("run-1/_lease/")
+        held.renew()
+        held.require()
+
+
+def test_a_foreign_folder_with_claims_in_it_is_left_alone(tmp_path):
+    store = RunStore(str(tmp_path), "run-1")
+    leave_claim(store, timedelta(days=1))
+    store.folder.write("_lease/notes.txt", b"mine")
+    assert find_unborn(str(tmp_path), NO_GRACE) == Findings([], [])

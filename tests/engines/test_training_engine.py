@@ -10,7 +10,7 @@ import pytest
 from models import reference, same_sets, write_random
 from safetensors.numpy import load_file
 from trainer import BATCH, LAYERS, LENGTHS, E, K, assert_same, foreign_routes, largest_difference, traces
-from training_calls import Seen, make_config
+from training_calls import Asked, Seen, make_config
 
 from moe_replay.config import RunConfig
 from moe_replay.errors import ConfigError, RoutingMismatch
@@ -195,6 +195,27 @@ def test_importance_weights_scale_the_loss(trainer, model):
     assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-5)
 
 
+LOWER = 0.25
+
+
+def optimizer_scalars(folder: Path) -> dict:
+    return json.loads((folder / "optimizer" / "scalars.json").read_text())
+
+
+def test_a_scaled_step_is_that_of_a_scaled_learning_rate_and_the_schedule_goes_on_undisturbed(trainer, model, tmp_path):
+    after = {}
+    for name, rate, factor in (("scaled", 1e-2, LOWER), ("lower", LOWER * 1e-2, 1.0), ("undisturbed", 1e-2, 1.0)):
+        trainer.open_model(model, make_config({"learning_rate": rate, "weight_decay": 0.1}))
+        trainer.step(BATCH, foreign_routes(), Asked(lr_factor=factor))
+        after[name] = trainer.weights()
+        trainer.save(tmp_path / name)
+
+    assert all((after["scaled"][key] == after["lower"][key]).all() for key in after["scaled"])
+    assert any((after["scaled"][key] != after["undisturbed"][key]).any() for key in after["scaled"])
+    assert optimizer_scalars(tmp_path / "scaled") == optimizer_scalars(tmp_path / "undisturbed")
+    assert optimizer_scalars(tmp_path / "scaled") != optimizer_scalars(tmp_path / "lower")
+
+
 # Weights and checkpoints
 
 
@@ -227,6 +248,27 @@ def test_steps_after_a_reload_equal_those_without_to_the_last_bit(trainer, model
     assert (again.loss, again.grad_norm) == (seen.loss, seen.grad_norm)
     for name, value in trainer.weights().items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_a_checkpoint_of_a_model_that_took_no_step_goes_on_as_the_model_does(trainer, model, tmp_path):
+    found = []
+    for saves in (False, True):
+        trainer.open_model(model, WARMING_UP)
+        if saves:
+            trainer.save(tmp_path)
+        trainer.step(BATCH, foreign_routes())
+        found.append((trainer.step(BATCH, foreign_routes()), trainer.weights()))
+    trainer.open_model(model, WARMING_UP)
+    trainer.load(tmp_path, "saved", True)
+    trainer.step(BATCH, foreign_routes())
+    found.append((trainer.step(BATCH, foreign_routes()), trainer.weights()))
+
+    assert list((tmp_path / "optimizer").glob("*.safetensors")) == []
+    (expected, weights), *others = found
+    for seen, other in others:
+        assert_same(expected, seen)
+        for name, value in weights.items():
+            np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
 def test_weights_alone_do_not_make_a_reload_exact(trainer, model, checkpoint):

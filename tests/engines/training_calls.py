@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig, parse_config
 from moe_replay.engines.process import Progress
 from moe_replay.routing.trace import RoutingTrace
+from moe_replay.stages.run import Run
 
 if TYPE_CHECKING:  # imports verl, which belongs in the engine's process
     from moe_replay.engines.training import Pass, TokenSequence, TrainingEngine
@@ -49,6 +51,7 @@ class Asked:
     reference: list[RoutingTrace] | None = None
     sampled: list[np.ndarray] | None = None
     predictor: dict[int, np.ndarray] | None = None  # of a scoring pass
+    lr_factor: float = 1.0  # of a step
 
 
 class Bench:
@@ -125,8 +128,14 @@ def step(
     asked = asked or Asked()
     importance = None if batch.importance_NS is None else torch.from_numpy(batch.importance_NS)
     old, advantages = torch.from_numpy(batch.old_NS), torch.from_numpy(batch.advantages_NS)
-    settings = (bench.config.method, bench.config.rollout.temperature, asked.reference, asked.sampled)
+    settings = (bench.config.method, bench.config.rollout.temperature, asked.reference, asked.sampled, asked.lr_factor)
     return _seen(bench.held.step(_sequences(batch), routes, old, advantages, importance, *settings), batch)
+
+
+def train_stage(bench: Bench, progress: Progress, run: Run, iteration: int, *inputs: ArtifactRef) -> ArtifactRef:
+    from moe_replay.stages.training import train_replayed
+
+    return train_replayed(bench.held, progress, run, iteration, *inputs)
 
 
 def hidden_size(bench: Bench, progress: Progress) -> int:

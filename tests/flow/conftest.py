@@ -9,8 +9,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command import EXACT, run_json
 from compared_runs import Compared, compare_methods
 
 from moe_replay.tiny import EmbeddedAssets
@@ -59,3 +61,18 @@ def prefect_for_commands(prefect_api: str) -> Iterator[None]:
 def compared(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Compared:
     """All methods and variants, run once for the modules that look at them."""
     return compare_methods(tmp_path_factory.mktemp("methods"), prefect_api)
+
+
+@pytest.fixture(scope="session")
+def exact_run(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> tuple[Path, dict[str, Any]]:
+    """A run of two iterations in float32 that nothing disturbed: its folder, and what the command said."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    return root / "exact", run_json(
+        "run",
+        "--run-id=exact",
+        "--iterations=2",
+        f"--root={root.as_uri()}",
+        settings=EXACT,
+        PREFECT_API_URL=prefect_api,
+        MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL="1",
+    )

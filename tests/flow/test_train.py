@@ -7,13 +7,13 @@ import re
 import shutil
 import signal
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from command import SMALL, run_json, start
+from asking import checkpoints, mlflow_steps, tasks_of
+from command import EXACT, SMALL, run_json, start
 from compared_runs import Compared
 from mlflow import MlflowClient
 from variants import VARIANTS
@@ -25,18 +25,8 @@ from moe_replay.methods import PRESETS
 from moe_replay.reports.measures import is_served
 from tasks.dashboard import DASHBOARD, LAYER_TABLE, LAYERS
 
-EXACT = {**SMALL, "rollout.dtype": "float32"}
 STAGES = {"rollout", "routes", "training", "evaluation"}
 ALL_STAGES = STAGES | {"predictor"}
-
-
-@pytest.fixture(scope="module")
-def exact_run(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> tuple[Path, dict[str, Any]]:
-    """A run of two iterations in float32 that nothing disturbed: its folder, and what the command said."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    return root / "exact", run_json(
-        "run", "--run-id=exact", "--iterations=2", f"--root={root.as_uri()}", settings=EXACT
-    )
 
 
 @pytest.mark.parametrize("method", [*PRESETS, *VARIANTS])
@@ -162,13 +152,17 @@ def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage_and_gives
     disturbed.wait()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "exact").rglob("_committed.json")}
 
-    said = run_json("resume", "exact", f"--root={root}")
+    resumed = start("resume", "exact", f"--root={root}", "--json", "--quiet")
+    out, err = resumed.communicate(timeout=600)
 
+    assert (resumed.returncode, err) == (0, "")
+    said = json.loads(out)
     assert psutil.wait_procs(engines, timeout=10)[1] == [], "engines outlived the process that drove them"
     assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "a committed stage ran again"
     assert committed_bytes(tmp_path / "exact") == committed_bytes(exact_run[0])
     assert without_clock(said["iterations"]) == without_clock(exact_run[1]["iterations"])
     assert mlflow_steps(said["mlflow_run_id"], "mismatch/kl_k3") == [0, 1]
+    assert [model.name for model in checkpoints(said["mlflow_run_id"])] == ["exact-00000", "exact-00001"]
 
 
 def test_interrupt_ends_everything_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,16 +198,23 @@ def test_interrupted_comparison_says_how_to_go_on(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*-r3-s0")), "the comparison went on to its next run"
 
 
-def test_stage_whose_engine_dies_at_work_is_retried_with_a_fresh_one(tmp_path: Path, prefect_api: str) -> None:
-    process = start("run", "--run-id=lost", "--iterations=1", f"--root={tmp_path.as_uri()}", "--json", settings=EXACT)
+def test_stage_whose_engine_dies_is_retried_with_a_fresh_one_and_a_second_runner_is_refused_meanwhile(
+    tmp_path: Path, prefect_api: str
+) -> None:
+    process = start("run", "--run-id=lost", "--iterations=1", f"--root={tmp_path.as_uri()}", "--quiet", settings=EXACT)
     wait_for(tmp_path / "lost/iterations/00000", "_attempt-training-*/_attempt.json")
     for engine in psutil.Process(process.pid).children():
         if "multiprocessing.spawn" in " ".join(engine.cmdline()):
             os.kill(engine.pid, signal.SIGKILL)
+    second = start("resume", "lost", f"--root={tmp_path.as_uri()}", "--json")
+    refused = second.communicate(timeout=120)
     out, err = process.communicate(timeout=600)
 
-    assert process.returncode == 0, err
-    assert len(json.loads(out)["iterations"]) == 1
+    assert (second.returncode, refused[0]) == (1, "")
+    assert f"pid {process.pid} runs it since" in refused[1]
+    assert (process.returncode, out) == (0, "lost\n"), err
+    assert not (tmp_path / "lost/_lease").exists()
+    assert RunStore(tmp_path.as_uri(), "lost").commit_of("evaluation", 0) is not None
     attempts = {task["name"]: task["run_count"] for task in tasks_of(prefect_api, ["lost-0"])}
     assert (attempts["rollout-0"], attempts["training-0"]) == (1, 2)
 
@@ -270,33 +271,6 @@ def test_verify_names_a_damaged_object(exact_run: tuple[Path, dict[str, Any]], t
     assert any("iterations/00001/routes" in problem for problem in json.loads(out)["problems"])
 
 
-def test_mlflow_holds_settings_and_every_metric_by_iteration(exact_run: tuple[Path, dict[str, Any]]) -> None:
-    _, said = exact_run
-
-    tracked = mlflow().get_run(said["mlflow_run_id"])
-
-    assert tracked.info.status == "FINISHED"
-    assert tracked.data.tags["method"] == "r3"
-    assert tracked.data.tags["kappa"] == "2"
-    assert tracked.data.params["rollout.dtype"] == "float32"
-    assert "version.verl" in tracked.data.params
-    for key in said["iterations"][0]:
-        assert mlflow_steps(said["mlflow_run_id"], key) == [0, 1]
-    config = mlflow().download_artifacts(said["mlflow_run_id"], "config.json")
-    assert json.loads(Path(config).read_text())["rollout"]["prompts"] == SMALL["rollout.prompts"]
-
-
-def test_prefect_shows_iterations_with_their_stages_and_the_results_table(
-    exact_run: tuple[Path, dict[str, Any]], prefect_api: str
-) -> None:
-    names = {task["name"] for task in tasks_of(prefect_api, ["exact-0", "exact-1"])}
-    tables = post(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["results-exact"]}}})
-
-    assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} <= names
-    rows = json.loads(tables[-1]["data"])
-    assert "mismatch/kl_k3" in rows[0]
-
-
 def committed_bytes(run: Path) -> dict[str, bytes]:
     """Every object of a run that a seed decides; not what a killed writer left, which belongs to nothing."""
     found = (path for path in (run / "iterations").glob("*/[!_]*/**/*") if path.is_file())
@@ -316,26 +290,3 @@ def wait_for(folder: Path, pattern: str) -> None:
     while not list(folder.glob(pattern)):
         assert time.monotonic() < deadline, f"{folder}/{pattern} did not appear"
         time.sleep(0.02)
-
-
-def mlflow() -> MlflowClient:
-    """The database that the runs of this session log to."""
-    return MlflowClient(f"sqlite:///{os.environ['MOE_REPLAY_HOME']}/mlflow.db")
-
-
-def mlflow_steps(run_id: str, key: str) -> list[int]:
-    """Steps at which a metric was logged, in order, repetitions included."""
-    return sorted(point.step for point in mlflow().get_metric_history(run_id, key))
-
-
-def tasks_of(api: str, flow_runs: list[str]) -> list[dict[str, Any]]:
-    """Task runs of flow runs with these names."""
-    flows = post(f"{api}/flow_runs/filter", {"flow_runs": {"name": {"any_": flow_runs}}})
-    return post(f"{api}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
-
-
-def post(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ask the Prefect server."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return json.load(response)

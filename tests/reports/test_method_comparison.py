@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from run_samples import CONFIG, DIGEST, in_memory, make_run, sha256
+from run_samples import CONFIG, DIGEST, add_iteration, in_memory, make_run, sha256, statistics
 
 from moe_replay.errors import ConfigError
 from moe_replay.reports.comparison import MethodComparison, compare_methods
@@ -11,6 +11,7 @@ from moe_replay.reports.measures import training_seconds
 from moe_replay.reports.papers import papers_beside
 from moe_replay.reports.runs import read_results
 from moe_replay.reports.summary import summary_of
+from moe_replay.routing.statistics import ROUTING_FILE
 
 ITERATIONS = 7
 
@@ -126,6 +127,22 @@ def test_papers_stand_beside_what_the_runs_show_and_dashes_beside_the_rest(runs)
 def test_each_kappa_is_a_group_of_its_own(runs):
     other = read_results(make_run(in_memory(), "k4", "grpo", kappa=4))
     assert [(group.mini_steps, len(group.runs)) for group in group_runs([other, *runs])] == [(2, 4), (4, 1)]
+
+
+def test_a_batch_that_the_stability_alarm_left_out_is_compared_by_what_it_has_and_told():
+    steady, alarmed = (make_run(in_memory(), method, method, iterations=3) for method in ("grpo", "r3"))
+    skipped = alarmed.begin("training", 3, {}, DIGEST)
+    skipped.write_bytes(ROUTING_FILE, statistics(np.random.default_rng(0), 0, 1.0).model_dump_json().encode())
+    skipped.commit({"mismatch/kl_k3": 0.5, "alarm/raised": 1.0}, {"method": "r3", "alarm_decisions": ["skip"]})
+    add_iteration(steady, 3, np.random.default_rng(3), 2, 1.0, "grpo")
+    (group,) = group_runs([read_results(steady), read_results(alarmed)])
+    assert group.notes == (
+        "Run r3: the stability alarm was raised in iteration 3, whose batches were trained on, or not, as was decided.",
+    )
+    (compared,) = compare_methods([group]).groups
+    cells = {row.measure: row.cells[1].number for row in compared.rows}
+    assert cells["mismatch KL(k3)"].value > 0.1
+    assert cells["agreement at mini-step 1 of 2"] is not None
 
 
 def test_only_iterations_that_all_completed_are_compared_and_the_rest_is_told():

@@ -1,0 +1,45 @@
+"""Training under the stability alarm: a batch that passes a bound is not trained on before that is decided."""
+
+from prefect.exceptions import FlowPauseTimeout
+
+from moe_replay.archive.commits import ArtifactRef
+from moe_replay.errors import StabilityAlarm
+from moe_replay.stages.decisions import BatchAlarms
+from moe_replay.stages.run import Run
+from tasks.stability import announce, ask, is_deployed, report
+from tasks.stages import configured, train_replayed
+
+
+def train_watched(
+    run: Run, n: int, policy: ArtifactRef, rollout: ArtifactRef, routes: ArtifactRef, predictor: ArtifactRef | None
+) -> ArtifactRef:
+    """Train; where the alarm stops it, have it decided what becomes of the batch, and train as was decided.
+
+    Raises StabilityAlarm when nobody is there to decide, or nobody did in time.
+    """
+    while True:
+        try:
+            return configured(train_replayed, run.config.stages)(run, n, policy, rollout, routes, predictor)
+        except StabilityAlarm as error:
+            settle(run, BatchAlarms(run.store(), n, rollout), error)
+
+
+def settle(run: Run, batch: BatchAlarms, error: StabilityAlarm) -> None:
+    """Decide by rule, or have a person decide in the Prefect UI; raises `error` where neither does."""
+    alarm, rule = batch.waiting(), run.config.alarm.rule
+    assert alarm is not None, "training writes its alarm before it raises it"
+    announce(run, alarm)
+    if rule in alarm.actions(run.config.method):
+        batch.decide(run.config, rule, "rule")
+        report(run, alarm, f"{rule}, by rule")
+        return
+    report(run, alarm, "waits for a decision")
+    # On the command line nobody sees a form; there the decision comes with `resume`.
+    if not is_deployed():
+        raise error
+    try:
+        action = ask(run, alarm)
+    except FlowPauseTimeout:
+        raise error from None
+    batch.decide(run.config, action, "person")
+    report(run, alarm, f"{action}, as was decided")

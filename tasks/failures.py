@@ -1,0 +1,26 @@
+"""The log line of a flow run that failed: why, and how to go on."""
+
+from typing import Any
+
+from prefect import Flow
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.logging.loggers import flow_run_logger
+
+
+def log_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Log the reason and the command that continues the flow run."""
+    reason = state.message or "no reason was given"
+    flow_run_logger(flow_run, flow).error("%s: %s; to go on: %s", state.name, reason, way_on(flow.name, flow_run))
+
+
+def way_on(flow: str, flow_run: FlowRun) -> str:
+    """What continues the flow run at its first stage without a commit."""
+    if flow != "train":
+        return "retry it in the Prefect UI"
+    storage = (flow_run.parameters.get("config") or {}).get("storage") or {}
+    at = f" --root {storage['root']}" if storage.get("root") else ""
+    return f"moe-replay resume {flow_run.name.removeprefix('train-')}{at}, or retry it in the Prefect UI"
+
+
+LOGGED_FAILURES: dict[str, Any] = {"on_failure": [log_failure], "on_crashed": [log_failure]}
+"""Options of a flow whose failures are logged so."""

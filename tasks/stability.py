@@ -1,0 +1,101 @@
+"""Stability alarms as people meet them: in the log, in the Prefect UI, as events, as a form, and in this process."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.events import emit_event
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.runtime import flow_run
+from pydantic import Field, create_model
+
+from moe_replay.alarm import Action
+from moe_replay.stages.decisions import Alarm
+from moe_replay.stages.run import Run
+from tasks.engines import engines_of
+from tasks.progress import artifact_key
+
+EVENT = "moe-replay.stability-alarm"
+"""Event of an alarm, for automations; `run`, `iteration`, `metric`, `value`, `bound` are in its payload."""
+
+AlarmListener = Callable[[str], None]
+"""Called with what was seen and what is done about it."""
+
+_POLL_SECONDS = 3
+_MEANINGS: dict[Action, str] = {
+    "train": "train on the batch all the same",
+    "skip": "leave the batch out: the policy stays as it is",
+    "lower_lr": "train on it with the learning rate times `alarm.lr_factor`",
+    "fall_back": "train on it under the routes of the rollout, as r3 does",
+}
+_listeners: list[AlarmListener] = []
+
+
+@contextmanager
+def hearing_alarms(listener: AlarmListener) -> Iterator[None]:
+    """Have `listener` told of alarms in this process."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def announce(run: Run, alarm: Alarm) -> None:
+    """Emit the event of an alarm."""
+    emit_event(
+        EVENT,
+        resource={"prefect.resource.id": f"moe-replay.run.{run.run_id}", "prefect.resource.name": run.run_id},
+        payload={"run": run.run_id, **alarm.model_dump(include={"iteration", "metric", "value", "bound"})},
+    )
+
+
+def report(run: Run, alarm: Alarm, outcome: str) -> None:
+    """Tell listeners, the log and the Prefect UI what was seen and what comes of it."""
+    told = f"iteration {alarm.iteration}: {alarm.reason}: {outcome}"
+    for listener in _listeners:
+        listener(told)
+    get_run_logger().warning("stability alarm: %s", told)
+    try:
+        create_markdown_artifact(
+            key=artifact_key("alarm", run.run_id, str(alarm.iteration)),
+            markdown=f"# Stability alarm\n\nRun `{run.run_id}`, iteration {alarm.iteration}\n\n{alarm.reason}\n\n"
+            f"**{outcome}**\n",
+            description=outcome,
+        )
+    except Exception as error:
+        get_run_logger().warning("the alarm could not be shown in the UI (%s)", type(error).__name__)
+
+
+def is_deployed() -> bool:
+    """Whether this flow run, or the one that it is part of, was started from a deployment."""
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(UUID(str(flow_run.root_flow_run_id))).deployment_id is not None
+
+
+def ask(run: Run, alarm: Alarm) -> Action:
+    """Pause this flow run until somebody resumes it with a decision; engines give back their memory meanwhile.
+
+    Raises FlowPauseTimeout when nobody did within `alarm.wait_seconds`.
+    """
+    engines_of(run).close()
+    form = decision_form(run, alarm)
+    answer: Any = pause_flow_run(form, timeout=run.config.alarm.wait_seconds, poll_interval=_POLL_SECONDS)
+    return answer.decision
+
+
+def decision_form(run: Run, alarm: Alarm) -> type[RunInput]:
+    """What the Prefect UI asks, with what can be done in this case and why it is asked."""
+    actions = alarm.actions(run.config.method)
+    choices = "\n".join(f"- `{action}`: {_MEANINGS[action]}" for action in actions)
+    field = (Literal[actions], Field(description="What becomes of the batch"))
+    form = create_model("Decision", __base__=RunInput, decision=field)
+    return form.with_initial_data(
+        description=f"# Stability alarm\n\nRun `{run.run_id}` paused before iteration {alarm.iteration} trained: "
+        f"{alarm.reason}.\n\n{choices}"
+    )

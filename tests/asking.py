@@ -1,0 +1,38 @@
+"""What MLflow and Prefect say of runs, asked as any client would."""
+
+import json
+import os
+import urllib.request
+from typing import Any
+
+from mlflow import MlflowClient
+
+
+def mlflow() -> MlflowClient:
+    """The database that the runs of this session log to."""
+    return MlflowClient(f"sqlite:///{os.environ['MOE_REPLAY_HOME']}/mlflow.db")
+
+
+def mlflow_steps(run_id: str, key: str) -> list[int]:
+    """Steps at which a metric was logged, in order, repetitions included."""
+    return sorted(point.step for point in mlflow().get_metric_history(run_id, key))
+
+
+def checkpoints(run_id: str) -> list[Any]:
+    """Models that stand for a run's checkpoints, by name."""
+    experiment = mlflow().get_run(run_id).info.experiment_id
+    found = mlflow().search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    return sorted(found, key=lambda model: model.name)
+
+
+def tasks_of(api: str, flow_runs: list[str]) -> list[dict[str, Any]]:
+    """Task runs of flow runs with these names."""
+    flows = post(f"{api}/flow_runs/filter", {"flow_runs": {"name": {"any_": flow_runs}}})
+    return post(f"{api}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
+
+
+def post(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ask the Prefect server."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
