@@ -30,32 +30,43 @@ class Learned(NamedTuple):
 
 
 @flow(name="train", flow_run_name=training_name, persist_result=False, **LOGGED_FAILURES)
-def train(config: RunConfig = RunConfig(), run_id: str | None = None) -> dict[str, str]:  # noqa: B008 (frozen)
+def train(
+    config: RunConfig = RunConfig(),  # noqa: B008 (frozen)
+    run_id: str | None = None,
+    allow_config_change: list[str] = [],  # noqa: B006 (never changed)
+) -> dict[str, str]:
     """Train a Mixture-of-Experts policy with routing replay.
 
     Args:
         config: The run's settings.
         run_id: The same continues a run at its first stage without a commit. Without one the flow run's own name is
             taken, so that retrying the flow run continues it too. A run that another runner works on is refused.
+        allow_config_change: Keys in which the config of a run that exists may change: `iterations`, `evaluation` or
+            any below it. With a change of any other the run is refused.
 
     Returns:
         `run_id`, `root` and `mlflow_run_id`.
     """
-    with prepared_run(config, own_run_id()) as run, running_engines(run):
+    with prepared_run(config, own_run_id(), allow_config_change) as run, running_engines(run):
         tracked = open_tracking(run)
         succeeded = False
         try:
-            learned, results = Learned(run.initial_policy), []
+            learned, results = start_of(run), {}
             with recording_system_metrics(run, tracked), refreshing_dashboard(run, tracked) as refresh:
-                for n in range(config.iterations):
-                    learned, metrics = iterate(run, n, learned, tracked)
-                    results.append(metrics)
+                for n in run.plan.iterations:
+                    learned, results[n] = iterate(run, n, learned, tracked)
                     report_results(run, results, tracked)
-                    refresh()
+                    refresh(n)
             succeeded = True
         finally:
             close_tracking(run, tracked, succeeded)
     return {"run_id": run.run_id, "root": run.root, "mlflow_run_id": tracked}
+
+
+def start_of(run: Run) -> Learned:
+    """What the first iteration starts from: the model, or what another run had learned where this one was forked."""
+    fork = run.forked_from
+    return Learned(fork.policy, fork.predictor, fork.trainings) if fork else Learned(run.initial_policy)
 
 
 @flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)
@@ -73,6 +84,6 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
     # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
     if method.predictor and not is_skipped(run.open(policy)):
         predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
-    if run.config.evaluates(n):
+    if run.plan.evaluates(n):
         configured(evaluate_policy, stages)(run, n, policy)
     return Learned(policy, predictor, trainings), track_iteration(run, tracked, n)

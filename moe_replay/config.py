@@ -337,6 +337,14 @@ def parse_as(schema: type[AConfig], document: dict[str, Any]) -> AConfig:
         raise ConfigError("\n".join(_explain(problem, schema) for problem in error.errors())) from None
 
 
+def overridden(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+    """The config with dotted overrides laid over it; raises ConfigError as `load_config`."""
+    document = config.model_dump(mode="json")
+    for key, value in overrides.items():
+        _override(document, key, value)
+    return parse_config(document)
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `key=value`; the value is read as TOML where it is TOML, else it is a string."""
     key, equals, value = text.partition("=")

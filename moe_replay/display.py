@@ -1,6 +1,6 @@
 """What people see on the terminal: a table of results that grows while a run works."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -25,7 +25,7 @@ class RunDisplay:
     def __init__(self, console: Console, title: str):
         self._console = console
         self._title = title
-        self._results: list[dict[str, float]] = []
+        self._results: dict[int, dict[str, float]] = {}
         self._status = "starting"
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
@@ -49,7 +49,7 @@ class RunDisplay:
 
     def on_result(self, _run_id: str, iteration: int, metrics: dict[str, float]) -> None:
         """Add an iteration's row."""
-        self._results.append(metrics)
+        self._results[iteration] = metrics
         if not self._console.is_terminal:
             columns = _columns([metrics])
             told = [f"{heading} {_cell(name, metrics.get(name))}" for name, heading in columns.items()]
@@ -63,23 +63,22 @@ class RunDisplay:
         return Group(results_table(self._title, self._results), Text(self._status, style="dim"))
 
 
-def results_table(title: str, results: Iterable[dict[str, float]]) -> Table:
+def results_table(title: str, results: Mapping[int, dict[str, float]]) -> Table:
     """One row an iteration: the headline metrics, then the seconds that each stage took."""
-    results = list(results)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.caption = "from rollout on: seconds per stage"
     table.caption_justify = "left"
     table.add_column("#", justify="right")
-    columns = _columns(results)
+    columns = _columns(results.values())
     for heading in columns.values():
         table.add_column(heading, justify="right")
-    for iteration, metrics in enumerate(results):
+    for iteration, metrics in results.items():
         cells = [_cell(name, metrics.get(name)) for name in columns]
         table.add_row(str(iteration), *cells)
     return table
 
 
-def _columns(results: list[dict[str, float]]) -> dict[str, str]:
+def _columns(results: Iterable[dict[str, float]]) -> dict[str, str]:
     """Metric key to heading; evaluation and stages only where some iteration has them."""
     seen = {name for metrics in results for name in metrics}
     evaluations = {name: name.split("/")[1] for name in sorted(seen) if name.endswith("/avg_at_n")}

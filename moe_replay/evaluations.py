@@ -27,7 +27,8 @@ from moe_replay.config import (
 )
 from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
-from moe_replay.preparation import check_inputs, package_versions, run_with_inputs, stored_config
+from moe_replay.plan import stored_config
+from moe_replay.preparation import check_inputs, package_versions, run_with_inputs
 from moe_replay.settings import Config
 from moe_replay.stages.run import STAGE_SECTIONS, Run
 

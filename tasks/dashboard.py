@@ -26,8 +26,8 @@ PREDICTOR_REPORT, PREDICTOR = "predictor.json", "predictor.png"
 
 
 @contextmanager
-def refreshing_dashboard(run: Run, mlflow_run_id: str) -> Iterator[Callable[[], None]]:
-    """Draw when the yielded function is called after an iteration, without holding up the next, and at the end.
+def refreshing_dashboard(run: Run, mlflow_run_id: str) -> Iterator[Callable[[int], None]]:
+    """Draw when the yielded function is called with an iteration that ended, not holding up the next, and at the end.
 
     One drawing at a time; what fails is only logged.
     """
@@ -37,12 +37,12 @@ def refreshing_dashboard(run: Run, mlflow_run_id: str) -> Iterator[Callable[[], 
     due = time.monotonic() + REFRESH_SECONDS
     fresh = True
 
-    def refresh() -> None:
+    def refresh(iteration: int) -> None:
         nonlocal drawn, due, fresh
         fresh = time.monotonic() >= due and (drawn is None or drawn.is_set())
         if fresh:
             due = time.monotonic() + REFRESH_SECONDS
-            drawn = _start_drawing(run, mlflow_run_id, reader)
+            drawn = _start_drawing(run, mlflow_run_id, reader, iteration)
             fresh = drawn is not None
 
     yield refresh
@@ -51,28 +51,31 @@ def refreshing_dashboard(run: Run, mlflow_run_id: str) -> Iterator[Callable[[], 
         drawn.wait()
     if not fresh:
         with _failures_logged():
-            draw_dashboard(run, mlflow_run_id, reader)
+            draw_dashboard(run, mlflow_run_id, reader, run.plan.iterations.stop)
 
 
-def _start_drawing(run: Run, mlflow_run_id: str, reader: RunReader) -> Event | None:
+def _start_drawing(run: Run, mlflow_run_id: str, reader: RunReader, settled: int) -> Event | None:
     """Draw in another thread; what is set when that ends, None where it could not be started."""
     # To ask Prefect for the state of a task is a request to its server, which may fail.
     drawn = Event()
     with _failures_logged():
-        draw_dashboard.submit(run, mlflow_run_id, reader).add_done_callback(lambda _: drawn.set())
+        draw_dashboard.submit(run, mlflow_run_id, reader, settled).add_done_callback(lambda _: drawn.set())
         return drawn
     return None
 
 
 @task(name="dashboard", cache_policy=NO_CACHE)
-def draw_dashboard(run: Run, mlflow_run_id: str, reader: RunReader) -> None:
-    """Draw what the run has achieved and file it in MLflow; a figure that fails is only logged, training goes on."""
+def draw_dashboard(run: Run, mlflow_run_id: str, reader: RunReader, settled: int) -> None:
+    """Draw what the run has achieved and file it in MLflow; a figure that fails is only logged, training goes on.
+
+    Iterations below `settled` are read once.
+    """
     from moe_replay.reports.dashboard import draw_dashboard as draw
     from moe_replay.reports.layers import draw_layers, layer_table
     from moe_replay.reports.predictor_report import read_report
 
     with _failures_logged(), run.scratch() as folder:
-        results = reader.read(extremes=False)
+        results = reader.read(extremes=False, settled=settled)
         draw(results, folder / DASHBOARD)
         if results.iterations[-1].routing is not None:
             draw_layers(results, folder / LAYERS)

@@ -1,6 +1,6 @@
 """The tasks that make a run, or an evaluation, ready, and the hold on a run before and after it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from prefect import get_run_logger, task
@@ -20,10 +20,10 @@ from tasks.retry import is_transient
 @task(
     name="prepare", task_run_name="prepare-{run_id}", cache_policy=NO_CACHE, retries=1, retry_condition_fn=is_transient
 )
-def prepare_run(config: RunConfig, run_id: str) -> Run:
+def prepare_run(config: RunConfig, run_id: str, allow_config_change: Sequence[str] = ()) -> Run:
     """Check the inputs, fetch or make model and data, and create or reopen the run."""
     with telling_stage(run_id, "prepare", 0):
-        return prepare(config, run_id, StageProgress(run_id, "prepare", 0))
+        return prepare(config, run_id, StageProgress(run_id, "prepare", 0), allow_config_change)
 
 
 @task(name="prepare evaluation", cache_policy=NO_CACHE, retries=1, retry_condition_fn=is_transient)
@@ -35,7 +35,7 @@ def prepare_evaluation(request: EvaluationRequest, evaluation_id: str | None) ->
 
 
 @contextmanager
-def prepared_run(config: RunConfig, run_id: str) -> Iterator[Run]:
+def prepared_run(config: RunConfig, run_id: str, allow_config_change: Sequence[str] = ()) -> Iterator[Run]:
     """The run, prepared, and no other runner's for as long as the block. Raises RunInUse when another has it."""
     waiting = StageProgress(run_id, "lease", 0)
 
@@ -44,4 +44,4 @@ def prepared_run(config: RunConfig, run_id: str) -> Iterator[Run]:
         waiting(0, 0, what)
 
     with holding_run(config, run_id, tell):
-        yield prepare_run(config, run_id)
+        yield prepare_run(config, run_id, allow_config_change)

@@ -40,14 +40,14 @@ def headlines(metrics: dict[str, float]) -> dict[str, float]:
 
 
 @task(name="report", cache_policy=NO_CACHE)
-def report_results(run: Run, results: list[dict[str, float]], mlflow_run_id: str) -> None:
+def report_results(run: Run, results: dict[int, dict[str, float]], mlflow_run_id: str) -> None:
     """Tell listeners and the log of the newest iteration, and refresh the run's two artifacts in the Prefect UI."""
-    newest = len(results) - 1
+    newest = max(results)
     for listener in _listeners:
         listener(run.run_id, newest, results[newest])
     told = ", ".join(f"{name} {value:.4g}" for name, value in headlines(results[newest]).items())
     get_run_logger().info("iteration %d: %s", newest, told)
-    shown = list(enumerate(results))[-_ROWS:]
+    shown = list(results.items())[-_ROWS:]
     rows = [{"iteration": n, **headlines(result)} for n, result in shown]
     description = f"Run `{run.run_id}`, method {run.config.method.label}"
     try:

@@ -11,34 +11,35 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
 
 from moe_replay.alarm import ALARM_METRIC
 from moe_replay.config import RunConfig, home_folder
-from moe_replay.dotted import dotted
+from moe_replay.errors import TrackingUnavailable
 from moe_replay.evaluations import Evaluation
-from moe_replay.preparation import package_versions
 from moe_replay.reports.results import iteration_metrics
 from moe_replay.stages.decisions import actions_in
-from moe_replay.stages.run import Run, as_argument
+from moe_replay.stages.run import Run
 from tasks.lineage import dataset_digest, log_checkpoint, log_data
-from tasks.links import prefect_page
 from tasks.retry import is_transient
+from tasks.tracked_run import (
+    COMPARISON,
+    ITERATIONS,
+    RUN_KEY,
+    close_earlier,
+    create_run,
+    find_run,
+    iterations_logged,
+    key_of,
+    log_settings,
+    tell_attempt,
+)
 from tasks.tracking_server import client_of, errors_translated, experiment_of, tracking_uri
 
-RUN_KEY = "moe_replay.run"
-"""Tag by which a training run finds its MLflow run again."""
 EVALUATION_OF = "moe_replay.evaluation_of"
 """Tag of an evaluation's MLflow run: the training run, or the model, that it is of."""
 _REPORT_OF = "moe_replay.report_of"
-COMPARISON = "comparison"
-"""Tag that the runs of one comparison share."""
-FLOW_RUN, FLOW_RUN_PAGE = "prefect.flow_run", "prefect.flow_run_page"
-"""Tags that name the Prefect flow run of the newest attempt."""
 _EVALUATION = "eval/"
-_ITERATIONS = "moe_replay.iterations_logged"
 _DECISIONS = "alarm.decisions"
-_SETTINGS_LOGGED = "moe_replay.settings_logged"
 
 
 @task(name="open tracking", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=is_transient)
@@ -47,15 +48,13 @@ def open_tracking(run: Run) -> str:
     """The id of the training run's MLflow run, which is created the first time and continued after."""
     client = client_of(run.home)
     experiment_id = experiment_of(client, run.config, run.home)
-    key = _key(run)
-    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
-    tracked = found[0] if found else client.create_run(experiment_id, run_name=run.run_id, tags=_tags(run))
+    tracked = find_run(client, experiment_id, run) or create_run(client, experiment_id, run)
     run_id = tracked.info.run_id
     client.update_run(run_id, status="RUNNING")
-    _tell_attempt(client, tracked, run)
+    tell_attempt(client, tracked, run)
     log_data(client, run, run_id)
-    if _SETTINGS_LOGGED not in tracked.data.tags:
-        _log_settings(client, run_id, run.config)
+    log_settings(client, tracked, run.config)
+    close_earlier(client, experiment_id, run, run_id)
     return run_id
 
 
@@ -74,13 +73,17 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
 
     metrics = iteration_metrics(run.store(), iteration)
     client = client_of(run.home)
-    logged = int(client.get_run(mlflow_run_id).data.tags.get(_ITERATIONS, "0"))
+    logged = iterations_logged(client.get_run(mlflow_run_id))
+    evaluated = any(name.startswith(_EVALUATION) for name in metrics)
+    model_id = log_checkpoint(client, run, mlflow_run_id, iteration) if evaluated and iteration >= logged - 1 else None
+    points = _points(run, iteration, metrics, model_id)
     if iteration >= logged:
-        evaluated = any(name.startswith(_EVALUATION) for name in metrics)
-        model_id = log_checkpoint(client, run, mlflow_run_id, iteration) if evaluated else None
-        points = _points(run, iteration, metrics, model_id)
-        tags = [RunTag(_ITERATIONS, str(iteration + 1)), *_decision_tags(run, iteration, metrics)]
+        tags = [RunTag(ITERATIONS, str(iteration + 1)), *_decision_tags(run, iteration, metrics)]
         client.log_batch(mlflow_run_id, metrics=points, tags=tags)
+    elif iteration == logged - 1:
+        # Where fewer iterations are asked for than at first, the last is evaluated after it was logged.
+        late = [point for point in points if point.key.startswith(_EVALUATION)]
+        client.log_batch(mlflow_run_id, metrics=[one for one in late if not _is_logged(client, mlflow_run_id, one)])
     return metrics
 
 
@@ -114,13 +117,11 @@ def track_evaluation(evaluation: Evaluation) -> str:
     run, iteration = evaluation.run, evaluation.iteration
     client = client_of(run.home)
     experiment_id = experiment_of(client, run.config, run.home)
-    key = _key(run)
-    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
-    if found:
-        run_id = found[0].info.run_id
+    if found := find_run(client, experiment_id, run):
+        run_id = found.info.run_id
     else:
         note = f"Scores of `{evaluation.subject}`, under `{run.store().name}`; a step is an iteration of that run."
-        tags = {RUN_KEY: key, EVALUATION_OF: evaluation.subject, MLFLOW_RUN_NOTE: note}
+        tags = {RUN_KEY: key_of(run), EVALUATION_OF: evaluation.subject, MLFLOW_RUN_NOTE: note}
         run_id = client.create_run(experiment_id, run_name=run.run_id, tags=tags).info.run_id
     metrics, moment = iteration_metrics(run.store(), iteration), _milliseconds(run, iteration)
     logged = {name: client.get_metric_history(run_id, name) for name in metrics}
@@ -129,6 +130,19 @@ def track_evaluation(evaluation: Evaluation) -> str:
     client.log_batch(run_id, metrics=points)
     client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def finished_run(run: Run) -> str | None:
+    """The id of the training run's MLflow run where that was closed with every iteration; none also without MLflow."""
+    try:
+        with errors_translated():
+            client = client_of(run.home)
+            experiment = client.get_experiment_by_name(run.config.tracking.experiment)
+            found = find_run(client, experiment.experiment_id, run) if experiment else None
+    except TrackingUnavailable:
+        return None
+    done = found and found.info.status == "FINISHED" and iterations_logged(found) >= run.config.iterations
+    return found.info.run_id if found and done else None
 
 
 @contextmanager
@@ -179,46 +193,6 @@ def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
         get_run_logger().warning("MLflow run %s could not be closed (%s)", mlflow_run_id, type(error).__name__)
 
 
-def _tags(run: Run) -> dict[str, str]:
-    """What a run's MLflow run is created with."""
-    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
-
-    config = run.config
-    return {
-        RUN_KEY: _key(run),
-        "method": config.method.label,
-        "route_source": config.method.route_source,
-        "model": config.model.path,
-        "kappa": str(config.training.mini_steps),
-        "seed": str(config.seed),
-        **({COMPARISON: config.tracking.comparison} if config.tracking.comparison else {}),
-        _ITERATIONS: "0",
-        FLOW_RUN_PAGE: prefect_page(),
-        MLFLOW_RUN_NOTE: _note(run, prefect_page()),
-    }
-
-
-def _tell_attempt(client: Any, tracked: Any, run: Run) -> None:
-    """Name the present flow run in tags and note; the rest of the note stays, which the user may have edited."""
-    from mlflow.entities import RunTag
-    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
-
-    page, note = prefect_page(), tracked.data.tags.get(MLFLOW_RUN_NOTE, "")
-    if before := tracked.data.tags.get(FLOW_RUN_PAGE):
-        note = note.replace(before, page)
-    tags = {FLOW_RUN: str(flow_run.id), FLOW_RUN_PAGE: page, MLFLOW_RUN_NOTE: note}
-    client.log_batch(tracked.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-
-
-def _note(run: Run, page: str) -> str:
-    name = as_argument(run.config, run.run_id)
-    return (
-        f"Artifacts: `{run.store().name}`\n\n"
-        f"Prefect: [flow run of the newest attempt]({page})\n\n"
-        f"Look with `moe-replay status {name}`, go on with `moe-replay resume {name}`.\n"
-    )
-
-
 def _points(run: Run, iteration: int, metrics: dict[str, float], model_id: str | None) -> list[Any]:
     """An iteration's metrics as MLflow has them; those of evaluation belong to the checkpoint and the benchmark too."""
     from mlflow.entities import Metric
@@ -238,25 +212,11 @@ def _points(run: Run, iteration: int, metrics: dict[str, float], model_id: str |
     return [Metric(name, value, moment, iteration, **about(name)) for name, value in sorted(metrics.items())]
 
 
-def _key(run: Run) -> str:
-    """Tells a run from one of the same name that was deleted: where it is, and when and by whom it was created."""
-    about = run.store().read_run().get("about", {})
-    return f"{run.store().name}#{about.get('created_as', '')}"
-
-
 def _milliseconds(run: Run, iteration: int) -> int:
     """When the iteration's last stage was committed: the same however often the step is logged."""
     finished = [status.finished for status in run.store().status(iteration) if status.finished is not None]
     return int(max(finished).timestamp() * 1000) if finished else 0
 
 
-def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
-    from mlflow.entities import Param
-
-    settings = dotted(config.model_dump(mode="json"))
-    # Charts have axes of parameters, not of tags.
-    settings |= {"method": config.method.label, "kappa": config.training.mini_steps}
-    versions = {f"version.{name}": number for name, number in package_versions().items()}
-    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in (settings | versions).items()])
-    client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
-    client.set_tag(run_id, _SETTINGS_LOGGED, "true")
+def _is_logged(client: Any, run_id: str, point: Any) -> bool:
+    return any(logged.step == point.step for logged in client.get_metric_history(run_id, point.key))

@@ -34,7 +34,7 @@ def make_run(root: Path, run_id: str = "run-1", **settings) -> Run:
         train=nowhere,
         benchmarks={},
     )
-    run.store().create_run({"config": config.model_dump(mode="json")})
+    run.store().create_run({"config": config.model_dump(mode="json"), "model_sha256": run.model_sha256})
     return run
 
 
@@ -64,11 +64,12 @@ def train(run: Run, iteration: int, origin: EvolutionOrigin = ORIGIN, strength: 
 
 
 def train_and_fit(run: Run, iterations: int) -> list[ArtifactRef]:
-    """Commit trainings and predictors as the flow does; returns the predictors."""
-    trainings: tuple[ArtifactRef, ...] = ()
+    """Commit trainings and predictors up to an iteration as the flow does; returns the predictors."""
+    fork = run.forked_from
+    trainings, previous = (fork.trainings, fork.predictor) if fork else ((), None)
     predictors: list[ArtifactRef] = []
-    for iteration in range(iterations):
+    for iteration in range(fork.iteration if fork else 0, iterations):
         trainings = (train(run, iteration), *trainings)[: run.config.predictor.window]
-        previous = predictors[-1] if predictors else None
-        predictors.append(fit_predictor(run, iteration, trainings, previous))
+        previous = fit_predictor(run, iteration, trainings, previous)
+        predictors.append(previous)
     return predictors

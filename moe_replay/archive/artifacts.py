@@ -5,22 +5,20 @@ task and a new machine all skip what is committed.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
 from moe_replay.archive.commits import ArtifactRef, Commit, StoredObject, canonical_json, sha256_hex
-from moe_replay.archive.layout import COMMIT_FILE, RUN_FILE, STAGES, TIMING_FILE, RunLayout
+from moe_replay.archive.layout import ABOUT_KEY, COMMIT_FILE, RUN_FILE, STAGES, TIMING_FILE, RunLayout
 from moe_replay.archive.reading import Artifact
 from moe_replay.archive.storage import Storage
 from moe_replay.archive.writing import StageKey, StageWriter, timing_of
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 
 __all__ = ["Artifact", "ArtifactRef", "Commit", "RunStore", "StageStatus", "StageWriter", "StoredObject"]
-
-_ABOUT = "about"
 
 
 @dataclass(frozen=True)
@@ -85,16 +83,24 @@ class RunStore:
         Raises ConfigError naming the keys in which an existing run differs.
         """
         try:
-            self._run.create(RUN_FILE, canonical_json({**document, _ABOUT: about or {}}))
+            self._run.create(RUN_FILE, canonical_json({**document, ABOUT_KEY: about or {}}))
         except FileExistsError as error:
-            stored = self.read_run()
-            stored.pop(_ABOUT, None)
-            differing = _differing_keys(stored, json.loads(canonical_json(document)))
-            if differing:
-                raise ConfigError(
-                    f"run {self.run_id} exists with another configuration: {', '.join(differing[:12])} differ "
-                    f"({len(differing)} keys); choose another run id, or resume it with the configuration it has"
-                ) from error
+            if problem := self._difference(self.read_run(), document):
+                raise ConfigError(problem) from error
+
+    def reopen_run(self, document: dict[str, Any], changed: dict[str, Any]) -> None:
+        """Put `changed` in the place of `run.json` if it says the same as `document`, but for what it tells about it.
+
+        Readers see the old or the new one whole. Raises ConfigError as `create_run` does, and then writes nothing.
+        """
+        if problem := self._difference(changed, document):
+            raise ConfigError(problem)
+        if changed != self.read_run():
+            self.rewrite_run(changed)
+
+    def rewrite_run(self, document: dict[str, Any]) -> None:
+        """Put another `run.json` in the place of the one that is there; readers see the old or the new one whole."""
+        self._run.write(RUN_FILE, canonical_json(document))
 
     def read_run(self) -> dict[str, Any]:
         """The document in `run.json`; raises ConfigError when there is no such run."""
@@ -125,18 +131,24 @@ class RunStore:
         return StageWriter(self._run / uri, key)
 
     def find(
-        self, stage: str, iteration: int, inputs: Mapping[str, ArtifactRef], config_digest: str
+        self,
+        stage: str,
+        iteration: int,
+        inputs: Mapping[str, ArtifactRef],
+        config_digest: str,
+        earlier: Collection[str] = (),
     ) -> ArtifactRef | None:
         """The stage's commit if it is there and made from these inputs and this configuration; else None.
 
-        Raises ConfigError for a commit of other inputs or configuration, ArchiveCorrupt when an object is missing or
-        truncated, other than by retention. Contents are checked when they are read.
+        One made under any of the `earlier` configurations of the run is as good. Raises ConfigError for a commit of
+        other inputs or configuration, ArchiveCorrupt when an object is missing or truncated, other than by retention.
+        Contents are checked when they are read.
         """
         artifact = self.committed(stage, iteration)
         if artifact is None:
             return None
         committed = artifact.commit
-        if committed.config_digest != config_digest:
+        if committed.config_digest not in {config_digest, *earlier}:
             raise ConfigError(
                 f"{artifact.name} was committed under config digest {committed.config_digest}, this run has "
                 f"{config_digest}; run with the configuration of the commit, or under a new run id"
@@ -190,10 +202,10 @@ class RunStore:
             return [str(error)]
 
     def lost_inputs(self, artifact: Artifact) -> list[str]:
-        """What an artifact was made from and this run no longer has as it was, one line each."""
+        """What an artifact was made from and is no longer there as it was, one line each."""
         problems = []
         for name, ref in sorted(artifact.commit.inputs.items()):
-            if RunLayout.place_of(ref.uri) is None:
+            if not ref.is_stored:
                 continue
             try:
                 self.open(ref)
@@ -221,6 +233,17 @@ class RunStore:
         num_bytes = artifact.commit.num_bytes
         expired_bytes = num_bytes - sum(stored.size for stored in artifact.kept)
         return StageStatus(iteration, stage, "committed", num_bytes, seconds, finished, expired_bytes)
+
+    def _difference(self, stored: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+        """What is wrong when a run that is stored shall be opened as `wanted`."""
+        told = {key: value for key, value in stored.items() if key != ABOUT_KEY}
+        differing = _differing_keys(told, json.loads(canonical_json(wanted)))
+        if not differing:
+            return None
+        return (
+            f"run {self.run_id} exists with another configuration: {', '.join(differing[:12])} differ "
+            f"({len(differing)} keys); choose another run id, or resume it with the configuration it has"
+        )
 
     def _require_in_place(self, ref: ArtifactRef, commit: Commit) -> None:
         place = RunLayout.place_of(ref.uri)

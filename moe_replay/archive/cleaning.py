@@ -6,15 +6,9 @@ from datetime import timedelta
 from functools import partial
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.retention import (
-    Findings,
-    Retention,
-    find_probes,
-    find_removable,
-    find_unborn,
-    remove,
-    runs_under,
-)
+from moe_replay.archive.leftovers import find_probes, find_unborn, runs_under
+from moe_replay.archive.removal import Findings, remove
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.errors import ArchiveCorrupt
 
 UNBORN, PROBES = "folders that never became runs", "probes"

@@ -39,6 +39,11 @@ class ArtifactRef(_Record):
         return uri if _URL.fullmatch(uri) else check_object_path(uri)
 
     @property
+    def is_stored(self) -> bool:
+        """Whether it names an artifact in storage, and not the model that a run starts from."""
+        return not self.uri.startswith("model://")
+
+    @property
     def is_url(self) -> bool:
         """Whether the artifact lies outside the run."""
         return "://" in self.uri

@@ -12,6 +12,8 @@ STAGES = ("rollout", "routes", "training", "predictor", "evaluation")
 """The stages of one iteration, in the order in which they run."""
 
 RUN_FILE = "run.json"
+ABOUT_KEY = "about"
+"""Key in `run.json` of what may change while the run goes on, and what is told of it for people."""
 IMPORTS_KEY = "imported_routes"
 """Key in `run.json` of a run that holds imported routes and is never trained."""
 EVALUATES_KEY = "evaluates"
@@ -19,7 +21,8 @@ EVALUATES_KEY = "evaluates"
 COMMIT_FILE = "_committed.json"
 TIMING_FILE = "_timing.json"
 ATTEMPT_FILE = "_attempt.json"
-RESERVED_FILES = frozenset({COMMIT_FILE, TIMING_FILE, ATTEMPT_FILE})
+SUPERSEDED_FILE = "_superseded.json"
+RESERVED_FILES = frozenset({COMMIT_FILE, TIMING_FILE, ATTEMPT_FILE, SUPERSEDED_FILE})
 """Names in a stage's folder that are the archive's own and never an object of the stage."""
 CHECKPOINT_FOLDER = "checkpoint"
 """Folder of the checkpoint within a training artifact."""
@@ -31,6 +34,7 @@ PREDICTOR_FILE = "predictor.safetensors"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ITERATION = re.compile(r"[0-9]{5,}")
 _ATTEMPT = re.compile(rf"_attempt-({'|'.join(STAGES)})-[0-9a-f]{{32}}")
+_SUPERSEDED = re.compile(rf"_superseded-({'|'.join(STAGES)})-[0-9a-f]{{64}}")
 _PLACEMENT = re.compile(r"_objects-[0-9a-f]{64}\.json")
 
 
@@ -66,6 +70,22 @@ def attempted_stage(folder: str) -> str | None:
     """The stage that an attempt's folder name is of, or None when it is not one."""
     match = _ATTEMPT.fullmatch(folder)
     return match and match[1]
+
+
+def superseded_folder(stage: str, sha256: str) -> str:
+    """Name, beside the stage's folder, of the folder that keeps the commit `sha256` after it was superseded."""
+    return f"_superseded-{stage}-{sha256}"
+
+
+def superseded_stage(folder: str) -> str | None:
+    """The stage that a folder of something superseded is of, or None when it is not one."""
+    match = _SUPERSEDED.fullmatch(folder)
+    return match and match[1]
+
+
+def stage_of(folder: str) -> str | None:
+    """The stage that a folder of an iteration belongs to: its own, an attempt's, or that of something superseded."""
+    return folder if folder in STAGES else attempted_stage(folder) or superseded_stage(folder)
 
 
 def placement_file(sha256: str) -> str:

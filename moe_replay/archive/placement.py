@@ -10,7 +10,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from moe_replay.archive.commits import canonical_json
-from moe_replay.archive.layout import attempted_stage, check_object_path, placement_file
+from moe_replay.archive.layout import STAGES, attempted_stage, check_object_path, placement_file, superseded_stage
 from moe_replay.archive.storage import Storage
 from moe_replay.errors import ArchiveCorrupt
 
@@ -38,15 +38,23 @@ class Placement(_Record):
     """Where the objects of one commit are."""
 
     folder: str | None = None
-    """Name, beside the stage's folder, of the attempt's folder that holds them; none when the stage's folder does."""
+    """Name, beside the stage's folder, of the folder that holds them; none when the stage's folder does.
+
+    That is an attempt's, or of something superseded the stage's own.
+    """
     expiry: Expiry | None = None
 
     @field_validator("folder")
     @classmethod
     def _attempts_folder(cls, folder: str | None) -> str | None:
-        if folder is not None and attempted_stage(folder) is None:
+        if folder is not None and folder not in STAGES and attempted_stage(folder) is None:
             raise ValueError(f"{folder[:80]!r} is no attempt's folder")
         return folder
+
+    def _require_of(self, own: str) -> None:
+        """Raise ValueError when objects of the folder `own` are said to lie in a stage's that is not its own."""
+        if self.folder in STAGES and self.folder != superseded_stage(own):
+            raise ValueError(f"{self.folder!r} is no folder for objects of {own[:80]!r}")
 
     @classmethod
     def read(cls, stage: Storage, sha256: str) -> "Placement":
@@ -61,7 +69,9 @@ class Placement(_Record):
             return cls()
         # Apart from the reading, whose own errors are ValueErrors too.
         try:
-            return cls.model_validate(json.loads(data))
+            placement = cls.model_validate(json.loads(data))
+            placement._require_of(stage.name.rpartition("/")[2])
+            return placement
         except (ValidationError, ValueError) as error:
             raise ArchiveCorrupt(
                 f"object {stage.name}/{name} says nothing readable of where the objects of the commit lie; restore it, "

@@ -24,6 +24,7 @@ from moe_replay.cli.dashboard import dashboard
 from moe_replay.cli.diff import diff
 from moe_replay.cli.evaluate import evaluate
 from moe_replay.cli.exchange import export, import_
+from moe_replay.cli.fork import fork
 from moe_replay.cli.gc import gc
 from moe_replay.cli.load import load
 from moe_replay.cli.predictor import fit, report
@@ -43,6 +44,7 @@ alerts = App(name="alerts", help="Have Prefect tell of runs that fail, crash, st
 data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
+app.command(fork)
 app.command(compare)
 app.command(evaluate)
 app.command(counterfactual)

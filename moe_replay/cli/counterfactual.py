@@ -72,7 +72,8 @@ def _ask(
     store: RunStore, iteration: int | None, checkpoint: int | None, methods: str | None, root: str | None
 ) -> Counterfactual:
     from moe_replay.engines.pool import EnginePool
-    from moe_replay.preparation import prepare, stored_config
+    from moe_replay.plan import stored_config
+    from moe_replay.preparation import prepare
     from moe_replay.stages.replayable import require_replayable, tellable_methods
 
     config = stored_config(store)

@@ -9,7 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.archive.cleaning import clean, searches
-from moe_replay.archive.retention import GRACE, Findings, Removable, Retention
+from moe_replay.archive.leftovers import GRACE
+from moe_replay.archive.removal import Findings, Removable
+from moe_replay.archive.retention import Retention
 from moe_replay.cli.console import Json, Root, out, root_of
 
 

@@ -47,7 +47,7 @@ def fit(
     figure
         Also draw gains by layer to this PNG file.
     """
-    from moe_replay.preparation import stored_config
+    from moe_replay.plan import stored_config
     from moe_replay.stages.predictor import last_with_evolution, refit
 
     if figure is not None:

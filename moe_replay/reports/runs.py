@@ -104,15 +104,18 @@ def read_results(store: RunStore, extremes: bool = True) -> RunResults:
 class RunReader:
     """Reads a run again and again while it works, and what is final only once. One reading at a time.
 
-    An iteration is final when a later one was begun; it stays as it was first read, whatever happens to it in storage.
+    An iteration is final when a later one was begun, and, of a run that makes some of its past again, when its training
+    says so; it stays as it was first read, whatever happens to it in storage.
     """
 
     def __init__(self, store: RunStore) -> None:
         self._store = store
         self._final: dict[tuple[int, bool], IterationResults] = {}
 
-    def read(self, extremes: bool = True) -> RunResults:
+    def read(self, extremes: bool = True, settled: int | None = None) -> RunResults:
         """The results so far; `extremes` also the log-probs of all tokens, which of a large run takes a while.
+
+        No iteration from `settled` on is final, where that is given.
 
         Raises:
             ConfigError: there is no such run, it is of imports, or it has completed no iteration.
@@ -129,7 +132,8 @@ class RunReader:
                 f"run {self._store.run_id} has completed no iteration ({len(begun)} begun), so there is nothing to "
                 f"report; wait for its first training, or go on with moe-replay resume {self._store.run_id}"
             )
-        self._final |= {(part.iteration, extremes): part for part in iterations if part.iteration < begun[-1]}
+        final = begun[-1] if settled is None else min(begun[-1], settled)
+        self._final |= {(part.iteration, extremes): part for part in iterations if part.iteration < final}
         incomplete = tuple(sorted(set(begun) - {part.iteration for part in iterations}))
         return _results_of(self._store.run_id, document, config, iterations, incomplete)
 

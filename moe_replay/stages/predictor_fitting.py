@@ -4,7 +4,7 @@ One layer is in memory at a time. Shapes: S tokens, H hidden size, E experts.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -64,16 +64,17 @@ class Window(NamedTuple):
     """Trainings whose evolution retention removed."""
 
     @classmethod
-    def of(cls, trainings: Sequence[Artifact]) -> "Window":
+    def of(cls, trainings: Sequence[Artifact], lineage: Collection[str] = ()) -> "Window":
         """Open the evolution of some trainings, newest first; only the newest has to have kept it.
 
-        Raises ConfigError when retention removed the newest's, ArchiveCorrupt when one is damaged, RoutingMismatch
-        when they don't descend or are of different runs or models.
+        The others are of the same run, or of `lineage`, the runs it was forked from. Raises ConfigError when retention
+        removed the newest's, ArchiveCorrupt when one is damaged, RoutingMismatch when they don't descend or are of
+        other runs or models.
         """
         kept = [training for training in trainings[1:] if has_evolution(training)]
         archives = tuple(EvolutionArchive.open(training) for training in (trainings[0], *kept))
         for newer, older in pairwise(archives):
-            _require_follows(newer, older)
+            _require_follows(newer, older, lineage)
         return cls(archives, len(trainings) - len(archives))
 
     @property
@@ -87,7 +88,9 @@ class _FittedLayer(NamedTuple):
     report: LayerReport
 
 
-def fit_predictors(window: Window, settings: PredictorConfig, previous: Predictors | None) -> PredictorFit:
+def fit_predictors(
+    window: Window, settings: PredictorConfig, previous: Predictors | None, is_first: bool
+) -> PredictorFit:
     """Fit, judge and shrink the predictor of each layer.
 
     Args:
@@ -95,6 +98,7 @@ def fit_predictors(window: Window, settings: PredictorConfig, previous: Predicto
         settings: how.
         previous: what the iteration before left, None where there was none or it is gone. Without it no layer is used
             when judging on the next iteration.
+        is_first: whether there was none, so that the newest iteration was served without a predictor.
 
     Raises:
         RoutingMismatch: `previous` is of another model.
@@ -104,7 +108,9 @@ def fit_predictors(window: Window, settings: PredictorConfig, previous: Predicto
     for predictor in (previous.used, previous.fitted) if previous else ():
         predictor.require_model(origin.num_experts, origin.hidden_size, origin.layers)
     held_out = [_held_out(archive, settings.held_out) for archive in window.archives]
-    fitted = [_fit_layer(position, window, settings, previous, held_out) for position in range(len(origin.layers))]
+    fitted = [
+        _fit_layer(position, window, settings, previous, is_first, held_out) for position in range(len(origin.layers))
+    ]
     refs = [archive.artifact.ref for archive in window.archives]
     provenance = PredictorProvenance(
         run_id=run_id,
@@ -140,6 +146,7 @@ def _fit_layer(
     window: Window,
     settings: PredictorConfig,
     previous: Predictors | None,
+    is_first: bool,
     held_out: Sequence[Tensor],
 ) -> _FittedLayer:
     origin, (_, iteration) = window.newest.provenance.origin, _place(window.newest)
@@ -158,7 +165,7 @@ def _fit_layer(
     weight_EH = fit_layer(parts, objective)
     report = LayerReport(
         layer=layer,
-        served=judge_layer(_served(previous, layer, iteration, weight_EH), newest, (1.0,), top_k),
+        served=judge_layer(_served(previous, layer, is_first, weight_EH), newest, (1.0,), top_k),
         newest=seen,
         judged=judged,
         factor=factor,
@@ -168,10 +175,10 @@ def _fit_layer(
     return _FittedLayer(weight_EH, report)
 
 
-def _served(previous: Predictors | None, layer: int, iteration: int, like_EH: Tensor) -> Tensor | None:
+def _served(previous: Predictors | None, layer: int, is_first: bool, like_EH: Tensor) -> Tensor | None:
     """What this iteration's rollout added to the layer's gate; None where that is not known any more."""
     if previous is None:
-        return torch.zeros_like(like_EH) if iteration == 0 else None
+        return torch.zeros_like(like_EH) if is_first else None
     return previous.used.weights.get(layer, torch.zeros_like(like_EH))
 
 
@@ -205,9 +212,9 @@ def _place(archive: EvolutionArchive) -> tuple[str, int]:
     return archive.provenance.run_id, archive.provenance.iteration
 
 
-def _require_follows(newer: EvolutionArchive, older: EvolutionArchive) -> None:
+def _require_follows(newer: EvolutionArchive, older: EvolutionArchive, lineage: Collection[str]) -> None:
     (run_a, a), (run_b, b) = _place(newer), _place(older)
-    if _model(newer) != _model(older) or run_a != run_b:
+    if _model(newer) != _model(older) or run_b not in {run_a, *lineage}:
         raise RoutingMismatch(
             f"evolution of run {run_b}, iteration {b}, is of a model with (experts, top_k, hidden size, MoE layers) = "
             f"{_model(older)}, that of run {run_a}, iteration {a}, of {_model(newer)}; fit evolution of one run"

@@ -13,9 +13,10 @@ from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTOR_FILE, RunLayout
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
-from moe_replay.errors import ConfigError, RoutingMismatch
+from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
+from moe_replay.plan import EarlierConfig, ForkPoint, RunPlan
 from moe_replay.seeds import derive_seed
-from moe_replay.stages.decisions import is_skipped
+from moe_replay.stages.completion import missing_stages
 
 _INITIAL = "model://initial"
 
@@ -73,6 +74,10 @@ class Run(BaseModel):
     home: Path
     """Local folder for logs and scratch files."""
     config: RunConfig
+    earlier: tuple[EarlierConfig, ...] = ()
+    """Settings that the run had before they were changed, oldest first."""
+    forked_from: ForkPoint | None = None
+    """What the run goes on from, where that is not the model."""
     model: Path
     """The model that the run starts from, on local disk."""
     model_sha256: str
@@ -82,6 +87,11 @@ class Run(BaseModel):
     def store(self) -> RunStore:
         """The run's artifacts."""
         return RunStore(self.root, self.run_id)
+
+    @property
+    def plan(self) -> RunPlan:
+        """Which iterations and stages the run has."""
+        return RunPlan(config=self.config, earlier=self.earlier, forked_from=self.forked_from)
 
     def seed(self, *what: str | int) -> int:
         """The seed for one purpose (see `derive_seed`)."""
@@ -96,15 +106,12 @@ class Run(BaseModel):
 
         Raises ConfigError when the stage was committed from others.
         """
-        return self.store().find(stage, iteration, inputs, self.digest(stage))
+        earlier = {before.config.digest(*STAGE_SECTIONS[stage]) for before in self.earlier}
+        return self.store().find(stage, iteration, inputs, self.digest(stage), earlier)
 
     def is_complete(self) -> bool:
         """Whether the last iteration's stages are committed, so that no engine is needed."""
-        last, store = self.config.iterations - 1, self.store()
-        training = store.committed("training", last)
-        needed = ["evaluation"] if self.config.evaluates(last) else []
-        needed += ["predictor"] if self.config.method.predictor and training and not is_skipped(training) else []
-        return training is not None and all(store.commit_of(stage, last) is not None for stage in needed)
+        return not missing_stages(self.store(), self.plan, self.config.iterations - 1)
 
     @property
     def initial_policy(self) -> ArtifactRef:
@@ -126,9 +133,12 @@ class Run(BaseModel):
     def predictor(self, ref: ArtifactRef, iteration: int) -> Iterator[Path]:
         """The predictor to serve an iteration with, a verified file on local disk for as long as it is being read.
 
-        Raises RoutingMismatch unless it is the one that this run fitted in the iteration before.
+        Raises RoutingMismatch unless it is the one that this run, or the one it was forked from, fitted in the
+        iteration before.
         """
-        if RunLayout.place_of(ref.uri) != (iteration - 1, "predictor"):
+        fork = self.forked_from
+        is_of_fork = fork is not None and (fork.iteration, fork.predictor) == (iteration, ref)
+        if not is_of_fork and RunLayout.place_of(ref.uri) != (iteration - 1, "predictor"):
             raise RoutingMismatch(
                 f"iteration {iteration} is served by the predictor that iteration {iteration - 1} of run {self.run_id} "
                 f"fitted, got {ref.uri}; a staler one foretells little, and one of another run nothing: give that one"
@@ -147,8 +157,26 @@ class Run(BaseModel):
             yield Path(folder)
 
     def open(self, ref: ArtifactRef) -> Artifact:
-        """A committed artifact of this run."""
+        """A committed artifact of this run, or of one it was forked from."""
         return self.store().open(ref)
+
+    def require_origin(self) -> None:
+        """Raise ConfigError when the run still needs what it was forked from, and that is not there any more."""
+        fork = self.forked_from
+        if fork is None or self.store().commit_of("training", fork.iteration) is not None:
+            return
+        for ref in filter(None, (fork.policy, fork.predictor)):
+            try:
+                found = self.open(ref)
+                found.require_present()
+                problem = found.expiry and f"{found.name} lost objects to retention ({found.expiry.why})"
+            except ArchiveCorrupt as error:
+                problem = str(error)
+            if problem:
+                raise ConfigError(
+                    f"run {self.run_id} was forked from iteration {fork.iteration} of run {fork.run_id} under "
+                    f"{fork.root}, and what it starts from is not there: {problem}"
+                )
 
 
 def as_argument(config: RunConfig, run_id: str) -> str:

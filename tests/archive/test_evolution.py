@@ -22,7 +22,8 @@ from moe_replay.archive.evolution import (
     verify_evolution,
 )
 from moe_replay.archive.evolution_writing import bfloat16_bits, bfloat16_floats
-from moe_replay.archive.retention import Retention, find_removable, remove
+from moe_replay.archive.removal import remove
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.archive.zarr_stores import VerifyingStore
 from moe_replay.cli.archive import verify
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch

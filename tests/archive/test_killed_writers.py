@@ -15,7 +15,8 @@ from archive_samples import DIGEST, commit_routes, make_trace
 from sudden_death import die_before_change
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.retention import Retention, find_removable, remove
+from moe_replay.archive.removal import remove
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.archive.routes import verify_routes
 
 TRACES = [make_trace(9)]

@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
 from moe_replay.archive.layout import IMPORTS_KEY, STAGES, placement_file
 from moe_replay.archive.lease import holding
-from moe_replay.archive.retention import (
-    Findings,
-    Retention,
-    find_probes,
-    find_removable,
-    find_unborn,
-    remove,
-    runs_under,
-)
+from moe_replay.archive.leftovers import find_probes, find_unborn, runs_under
+from moe_replay.archive.removal import Findings, remove
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.archive.routes import RouteArchive, write_routes
 from moe_replay.archive.storage import Storage
 from moe_replay.errors import ConfigError

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from stepped_store import Killed, Turns, stepped_run
 
 from moe_replay.archive.artifacts import ArtifactRef
-from moe_replay.archive.retention import find_removable, remove
+from moe_replay.archive.removal import remove
+from moe_replay.archive.retention import find_removable
 from moe_replay.errors import ConfigError
 
 PATHS = ("a", "b/c")

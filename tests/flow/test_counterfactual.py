@@ -12,7 +12,8 @@ from moe_replay.engines.pool import EnginePool
 from moe_replay.engines.process import no_progress
 from moe_replay.errors import ConfigError
 from moe_replay.methods import Method
-from moe_replay.preparation import prepare, stored_config
+from moe_replay.plan import stored_config
+from moe_replay.preparation import prepare
 from moe_replay.reports.counterfactuals import Counterfactual
 from moe_replay.stages.replayable import tellable_methods
 from moe_replay.stages.run import Run

@@ -10,7 +10,8 @@ from run_samples import CONFIG, DIGEST, add_iteration, in_memory, make_run
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import IMPORTS_KEY
 from moe_replay.archive.log_probs import LogProbs
-from moe_replay.archive.retention import Retention, find_removable, remove
+from moe_replay.archive.removal import remove
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 from moe_replay.reports.extremes import THRESHOLDS_B, ExtremeCurve
 from moe_replay.reports.runs import RunReader, read_results
@@ -62,6 +63,17 @@ def test_a_reader_follows_a_run_and_reads_final_iterations_once(tmp_path):
     assert all(kept is part for kept, part in zip(later.iterations[:2], first.iterations[:2], strict=True))
     assert later.iterations[2].metrics["eval/addition/avg_at_n"] == 0.5
     assert (later.method, later.incomplete) == ("r3", ())
+
+
+def test_a_reader_takes_nothing_for_final_that_is_still_to_be_made_again(tmp_path):
+    store = make_run(tmp_path, "a", iterations=3)
+    shutil.rmtree(tmp_path / "a/iterations/00001/evaluation")
+    reader = RunReader(store)
+    first = reader.read(extremes=False, settled=1)
+    store.begin("evaluation", 1, {}, DIGEST).commit({"eval/addition/avg_at_n": 0.25})
+    later = reader.read(extremes=False, settled=3)
+    assert later.iterations[1].metrics["eval/addition/avg_at_n"] == 0.25
+    assert later.iterations[0] is first.iterations[0]
 
 
 def test_what_retention_removed_leaves_the_metrics(tmp_path):

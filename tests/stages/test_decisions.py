@@ -107,6 +107,8 @@ def test_a_damaged_decision_is_refused(batch):
 
 def test_a_run_is_complete_without_a_predictor_of_a_batch_that_was_skipped(tmp_path):
     run = make_run(tmp_path, iterations=1, evaluation__benchmarks={})
+    for stage in ("rollout", "routes"):
+        run.store().begin(stage, 0, {}, "d").commit()
     assert not run.is_complete()
     training = run.store().begin("training", 0, {}, "d").commit(attributes={"alarm_decisions": ["skip"]})
     assert is_skipped(run.open(training))

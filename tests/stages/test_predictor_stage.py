@@ -20,7 +20,8 @@ from predictor_samples import (
     train_and_fit,
 )
 
-from moe_replay.archive.retention import Retention, find_removable, remove
+from moe_replay.archive.removal import remove
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.reports.predictor_report import read_report
 from moe_replay.routing.predictor import EvolutionPredictor

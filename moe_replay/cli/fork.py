@@ -1,0 +1,65 @@
+"""`moe-replay fork`: a new run that goes on from another's iteration."""
+
+import json
+import time
+import uuid
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
+from moe_replay.cli.training import Settings
+from moe_replay.config import overridden, parse_override
+
+
+def fork(
+    run_id: str,
+    *,
+    iteration: int,
+    as_: Annotated[str | None, Parameter(name="--as")] = None,
+    set_: Settings = None,
+    new_root: str | None = None,
+    root: Root = None,
+    json_: Json = False,
+) -> None:
+    """Create a run that goes on from what another committed before an iteration; nothing is copied, or trained yet.
+
+    Every setting may differ but the model. With none that does, the new run makes the same iterations again.
+
+    Parameters
+    ----------
+    run_id
+        The run to start from; it stays as it is.
+    iteration
+        The first that the new run makes itself, at least 1.
+    as_
+        Name of the new run.
+    new_root
+        fsspec URL under which the new run lies; by default beside the other.
+    """
+    from moe_replay.forking import fork_run
+    from moe_replay.plan import stored_config
+
+    url = root_of(root)
+    source = RunStore(url, run_id)
+    stored = stored_config(source)
+    # A fork of a compared run is no part of the comparison.
+    overrides = {"storage.root": new_root or root, "tracking.comparison": None}
+    config = overridden(stored, overrides | dict(parse_override(text) for text in set_ or []))
+    name = as_ or f"{run_id[:42]}-{iteration}-{time.strftime('%m%d')}-{uuid.uuid4().hex[:4]}"
+    made = fork_run(source, url, iteration, config, name, _progress)
+    named = f"{name} --root {config.storage.root}" if config.storage.root else name
+    if json_:
+        print(json.dumps({"run_id": name, "root": made.root, "forked_from": run_id, "first_iteration": iteration}))
+        return
+    _say(f"run {name} goes on from iteration {iteration} of run {run_id}\nnext:  {command_name()} resume {named}")
+
+
+def _say(told: str) -> None:
+    out.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def _progress(done: int, total: int, what: str) -> None:
+    if done and done == total:
+        err.print(f"{done} of {total} {what}", highlight=False)

@@ -1,0 +1,104 @@
+"""Forking a run: another goes on from what it committed before an iteration, under settings that may differ."""
+
+from moe_replay.archive.artifacts import Artifact, ArtifactRef, RunStore
+from moe_replay.config import RunConfig, run_root
+from moe_replay.engines.process import Progress
+from moe_replay.errors import ConfigError
+from moe_replay.plan import ForkPoint, RunPlan
+from moe_replay.preparation import prepare
+from moe_replay.stages.decisions import is_skipped
+from moe_replay.stages.run import Run
+
+
+def fork_run(source: RunStore, root: str, iteration: int, config: RunConfig, run_id: str, progress: Progress) -> Run:
+    """Create the run `run_id`, which starts at `iteration` from what the source, under `root`, committed before.
+
+    Nothing is copied: the new run refers to the source's artifacts. Problems, prompts and seeds are drawn by iteration,
+    so that the new run goes on in the data where the source would have.
+
+    Raises:
+        ConfigError: the source has nothing to start from there, retention removed it, the run exists, or the config
+            can't be trained from it; or as `preflight`.
+        ArchiveCorrupt: what it would start from is not as committed.
+    """
+    if RunStore(run_root(config), run_id).exists():
+        raise ConfigError(f"run {run_id} exists; fork under a name that is free (--as), or resume it")
+    if config.iterations <= iteration:
+        raise ConfigError(
+            f"iterations = {config.iterations} leaves nothing to do from iteration {iteration} on; give at least "
+            f"--set iterations={iteration + 1}"
+        )
+    return prepare(config, run_id, progress, forked_from=fork_point(source, root, iteration, config))
+
+
+def fork_point(source: RunStore, root: str, iteration: int, config: RunConfig) -> ForkPoint:
+    """What a run under `config` would go on from; raises as `fork_run`."""
+    plan = RunPlan.stored(source)
+    _require_trained(source, plan, iteration)
+    policy = source.committed("training", iteration - 1)
+    assert policy is not None
+    _require_there(policy)
+    predictor = None
+    if config.method.predictor and plan.config.method.predictor:
+        predictor = source.committed("predictor", iteration - 1)
+        if predictor is None and not is_skipped(policy):
+            raise ConfigError(
+                f"run {source.run_id} has trained iteration {iteration - 1} and not fitted its predictor yet; resume "
+                "it first, or take an earlier iteration"
+            )
+        if predictor is not None:
+            _require_there(predictor)
+    return ForkPoint(
+        root=root,
+        run_id=source.run_id,
+        iteration=iteration,
+        model_sha256=source.read_run()["model_sha256"],
+        policy=_from_elsewhere(policy),
+        predictor=predictor and _from_elsewhere(predictor),
+        trainings=_trainings(source, plan, iteration, config),
+        lineage=(source.run_id, *(plan.forked_from.lineage if plan.forked_from else ())),
+    )
+
+
+def _require_trained(source: RunStore, plan: RunPlan, iteration: int) -> None:
+    """Refuse an iteration before which the source trained nothing itself."""
+    first = plan.iterations.start
+    trained = [n for n in source.iterations() if source.commit_of("training", n) is not None]
+    if iteration - 1 in trained:
+        return
+    if iteration == 0:
+        raise ConfigError("iteration 0 starts from the model itself, not from another run: moe-replay run does that")
+    if plan.forked_from and iteration <= first:
+        raise ConfigError(
+            f"run {source.run_id} was forked itself, from run {plan.forked_from.run_id} at iteration {first}, and has "
+            f"nothing before it; fork that one, or give an iteration above {first}"
+        )
+    may_be = f"give --iteration {trained[0] + 1} to {trained[-1] + 1}" if trained else "resume it first"
+    raise ConfigError(
+        f"run {source.run_id} has no training of iteration {iteration - 1} for iteration {iteration} to start from; it "
+        f"has {f'those of {trained[0]} to {trained[-1]}' if trained else 'none'}: {may_be}"
+    )
+
+
+def _require_there(artifact: Artifact) -> None:
+    if artifact.expiry is not None:
+        raise ConfigError(
+            f"objects of {artifact.name} were removed by retention on {artifact.expiry.on:%Y-%m-%d} "
+            f"({artifact.expiry.why}), so no run can start from it; take a later iteration"
+        )
+    artifact.require_present()
+
+
+def _trainings(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig) -> tuple[ArtifactRef, ...]:
+    """What predictors of the new run are fitted from besides its own trainings."""
+    if not (config.method.predictor and plan.config.records_evolution):
+        return ()
+    own = [source.committed("training", n) for n in range(iteration - 1, plan.iterations.start - 1, -1)]
+    refs = [_from_elsewhere(training) for training in own if training is not None]
+    before = plan.forked_from.trainings if plan.forked_from else ()
+    return (*refs, *before)[: config.predictor.window]
+
+
+def _from_elsewhere(artifact: Artifact) -> ArtifactRef:
+    """The artifact as a run under any root can name it."""
+    return ArtifactRef(uri=artifact.name, sha256=artifact.ref.sha256)

@@ -1,0 +1,238 @@
+"""Forking a run: what the new one starts from, what it may change, what is refused."""
+
+import shutil
+from datetime import timedelta
+
+import pytest
+import torch
+from predictor_samples import make_run, train, train_and_fit
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.removal import remove
+from moe_replay.archive.retention import Retention, find_removable
+from moe_replay.config import RunConfig, overridden
+from moe_replay.engines.process import no_progress
+from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
+from moe_replay.forking import fork_point, fork_run
+from moe_replay.plan import ForkPoint, RunPlan
+from moe_replay.preparation import prepare
+from moe_replay.reports.predictor_report import report_of
+from moe_replay.routing.predictor import EvolutionPredictor
+from moe_replay.stages.predictor import refit
+from moe_replay.stages.run import Run
+
+
+@pytest.fixture
+def source(config) -> Run:
+    """A run of five iterations, three of which are trained."""
+    run = prepare(config, "source", no_progress)
+    for iteration in range(3):
+        for stage in ("rollout", "training"):
+            writer = run.store().begin(stage, iteration, {}, run.digest(stage))
+            writer.write_bytes("checkpoint/huggingface/model", f"{stage} {iteration}".encode())
+            writer.commit()
+    return run
+
+
+def fork(source: Run, iteration: int, run_id: str = "branch", **overrides) -> Run:
+    config = overridden(source.config, {key.replace("__", "."): value for key, value in overrides.items()})
+    return fork_run(source.store(), source.root, iteration, config, run_id, no_progress)
+
+
+def keep_last(run: Run) -> None:
+    for removable in find_removable(run.store(), Retention(keep_last_checkpoint=True), timedelta(0)).removable:
+        remove(run.root, removable)
+
+
+def test_a_fork_starts_from_the_training_before_and_copies_nothing(source):
+    branch = fork(source, 2)
+    assert list(branch.plan.iterations) == [2, 3, 4]
+    assert branch.forked_from is not None
+    policy = branch.forked_from.policy
+    assert branch.open(policy).read_bytes("checkpoint/huggingface/model") == b"training 1"
+    assert policy.sha256 == source.store().commit_of("training", 1).sha256
+    with branch.policy(policy, with_optimizer=False) as held:
+        assert (held.model_folder / "model").read_bytes() == b"training 1"
+    assert [path for path in branch.store().folder.files()] == ["run.json"]
+
+
+def test_a_fork_that_is_opened_again_is_the_same(source):
+    branch = fork(source, 2)
+    assert prepare(branch.config, "branch", no_progress) == branch
+    stored = RunPlan.stored(branch.store())
+    assert (stored.forked_from, list(stored.iterations)) == (branch.forked_from, [2, 3, 4])
+    assert ForkPoint.stored(source.store()) is None
+
+
+def test_everything_but_the_model_may_change(source, config, tmp_path):
+    branch = fork(source, 1, method="grpo", training__learning_rate=1e-6, seed=7, iterations=9)
+    assert (branch.config.method.name, branch.config.seed, branch.config.iterations) == ("grpo", 7, 9)
+    # The same model elsewhere is the same model.
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    assert fork(source, 1, "moved", model__path=str(tmp_path / "moved")).model == tmp_path / "moved"
+    (tmp_path / "moved/model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match=r"its checkpoints are of that model"):
+        fork(source, 1, "other", model__path=str(tmp_path / "moved"))
+    assert not RunStore(source.root, "other").exists()
+
+
+def test_a_fork_lies_where_it_is_told_to(source, tmp_path):
+    branch = fork(source, 1, storage__root=str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere/branch/run.json").is_file()
+    assert branch.forked_from.root == source.root
+    branch.require_origin()
+
+
+@pytest.mark.parametrize(
+    ("iteration", "change", "told"),
+    [
+        (0, {}, "starts from the model itself"),
+        (
+            4,
+            {},
+            "has no training of iteration 3 for iteration 4 to start from; it has those of 0 to 2",
+        ),
+        (3, {"iterations": 3}, "leaves nothing to do from iteration 3 on; give at least --set iterations=4"),
+    ],
+)
+def test_an_iteration_that_nothing_leads_to_is_refused(source, iteration, change, told):
+    with pytest.raises(ConfigError) as caught:
+        fork(source, iteration, **change)
+    assert told in str(caught.value)
+    assert not RunStore(source.root, "branch").exists()
+
+
+def test_a_name_that_is_taken_is_refused(source):
+    with pytest.raises(ConfigError, match="run source exists; fork under a name that is free"):
+        fork(source, 1, "source")
+
+
+def test_a_run_that_trained_nothing_is_refused(config):
+    with pytest.raises(ConfigError, match="it has none: resume it first"):
+        fork(prepare(config, "new", no_progress), 1)
+
+
+def test_what_retention_removed_can_be_no_start(source):
+    keep_last(source)
+    with pytest.raises(ConfigError, match=r"removed by retention on .*not the last checkpoint.*take a later iteration"):
+        fork(source, 2)
+    assert fork(source, 3).forked_from is not None
+
+
+def test_a_fork_whose_source_loses_what_it_starts_from_says_so(source):
+    branch = fork(source, 2)
+    keep_last(source)
+    with pytest.raises(ConfigError, match=r"forked from iteration 2 of run source .*lost objects to retention"):
+        prepare(branch.config, "branch", no_progress)
+    shutil.rmtree(source.store().folder.local_folder)
+    with pytest.raises(ConfigError, match=r"forked from iteration 2 of run source .*_committed\.json is missing"):
+        prepare(branch.config, "branch", no_progress)
+
+
+def test_a_fork_that_has_trained_needs_its_source_no_more(source):
+    branch = fork(source, 2)
+    branch.store().begin("training", 2, {"policy": branch.forked_from.policy}, "d").commit()
+    assert branch.store().lost_inputs(branch.store().committed("training", 2)) == []
+    shutil.rmtree(source.store().folder.local_folder)
+    prepare(branch.config, "branch", no_progress)
+    # Which verify tells nevertheless.
+    [lost] = branch.store().lost_inputs(branch.store().committed("training", 2))
+    assert "was made from its policy, but" in lost
+
+
+def test_a_fork_of_a_fork_goes_back_no_further_than_its_own(source):
+    branch = fork(source, 2)
+    branch.store().begin("training", 2, {}, "d").commit()
+    with pytest.raises(ConfigError, match=r"was forked itself, from run source at iteration 2.*fork that one"):
+        fork(branch, 2, "twig")
+    twig = fork(branch, 3, "twig")
+    assert twig.forked_from.lineage == ("branch", "source")
+
+
+def test_an_unreadable_origin_is_told(source):
+    branch = fork(source, 2)
+    document = branch.store().read_run()
+    branch.store().rewrite_run({**document, "forked_from": {**document["forked_from"], "iteration": 0}})
+    with pytest.raises(ArchiveCorrupt, match="nothing readable of what the run was forked from"):
+        RunPlan.stored(branch.store())
+
+
+# Predictors
+
+
+def forked(source: Run, iteration: int, run_id: str, **overrides) -> Run:
+    """A fork with no model behind it."""
+    made = make_run(source.home.parent, run_id, **overrides)
+    point = fork_point(source.store(), source.root, iteration, made.config)
+    document = made.store().read_run()
+    made.store().rewrite_run({**document, "forked_from": point.model_dump(mode="json")})
+    return made.model_copy(update={"forked_from": point})
+
+
+def weights(run: Run, ref) -> dict[int, torch.Tensor]:
+    return EvolutionPredictor.from_bytes(run.open(ref).read_bytes("predictor.safetensors"), "").weights
+
+
+def same(one: dict[int, torch.Tensor], other: dict[int, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[layer], other[layer]) for layer in one)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_predictors_of_a_fork_and_of_a_fork_of_it_are_fitted_as_the_sources(tmp_path, window):
+    source = make_run(tmp_path, predictor__window=window)
+    expected = train_and_fit(source, 5)
+    branch = forked(source, 2, "branch", predictor__window=window)
+    found = train_and_fit(branch, 4)
+    twig = forked(branch, 4, "twig", predictor__window=window)
+    found += train_and_fit(twig, 5)
+    for iteration, ref in enumerate(found, start=2):
+        run = twig if iteration == 4 else branch
+        assert same(weights(run, ref), weights(source, expected[iteration]))
+        ours, theirs = report_of(run.open(ref)), report_of(source.open(expected[iteration]))
+        assert (ours.layers, ours.fitted_iterations) == (theirs.layers, theirs.fitted_iterations)
+    # And again from storage, with the evidence of the source.
+    again = refit(twig.store(), twig.config.predictor, 4, use_stored=True)
+    assert same(again.predictors.used.weights, weights(source, expected[4]))
+
+
+def test_the_predictor_of_the_source_serves_the_forks_first_iteration_and_no_other(tmp_path):
+    source = make_run(tmp_path)
+    expected = train_and_fit(source, 2)
+    branch = forked(source, 2, "branch")
+    predictor = branch.forked_from.predictor
+    with branch.predictor(predictor, 2) as file:
+        assert file.read_bytes() == source.open(expected[1]).read_bytes("predictor.safetensors")
+    with pytest.raises(RoutingMismatch, match="served by the predictor that iteration 2"):
+        branch.predictor(predictor, 3).__enter__()
+
+
+def test_a_fork_that_begins_to_predict_has_been_served_nothing(tmp_path):
+    source = make_run(tmp_path, method="r3")
+    for iteration in range(2):
+        train(source, iteration)
+    branch = forked(source, 2, "branch")
+    assert (branch.forked_from.predictor, branch.forked_from.trainings) == (None, ())
+    first, second = train_and_fit(branch, 4)
+    layer = report_of(branch.open(first)).layers[0]
+    assert [one.kl_change for one in layer.served.factors] == [0.0]
+    assert report_of(branch.open(second)).fitted_iterations == (3,)
+    assert same(
+        refit(branch.store(), branch.config.predictor, 3, use_stored=False).predictors.used.weights,
+        weights(branch, second),
+    )
+
+
+def test_a_fork_that_ceases_to_predict_takes_no_predictor_along(tmp_path):
+    source = make_run(tmp_path)
+    train_and_fit(source, 2)
+    branch = forked(source, 2, "branch", method="r3")
+    assert (branch.forked_from.predictor, branch.forked_from.trainings) == (None, ())
+
+
+def test_a_predictor_that_is_still_to_be_fitted_is_waited_for(tmp_path):
+    source = make_run(tmp_path)
+    train_and_fit(source, 1)
+    train(source, 1)
+    with pytest.raises(ConfigError, match="not fitted its predictor yet; resume it first"):
+        fork_point(source.store(), source.root, 2, source.config)
+    assert fork_point(source.store(), source.root, 2, RunConfig(method="r3")).predictor is None
