@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 # A folder of wheels to look in first, as pip's own variable names it; without one, uv picks PyTorch's CPU build.
 WHEELS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
 
-.PHONY: demo test test-slow test-browser check install format ui up ps down clean
+.PHONY: demo test test-slow test-kills test-browser check install format ui up ps down clean
 
 demo: $(READY)
 	$(BIN)/moe-replay run
@@ -21,6 +21,11 @@ test-slow: $(READY)
 # Needs chromium and chromedriver (Debian and Ubuntu: packages chromium, chromium-driver). SCREENSHOTS=folder keeps them.
 test-browser: $(READY)
 	$(BIN)/python -m pytest tests/browser -m browser
+
+# Seconds to a minute a kill; KILLS=100 is the long version.
+KILLS ?= 30
+test-kills: $(READY)
+	$(BIN)/python -m pytest -m slow tests/kill --kills $(KILLS)
 
 check: $(READY)
 	$(BIN)/ruff check

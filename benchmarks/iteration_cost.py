@@ -1,58 +1,156 @@
-"""What orchestration, tracking and storage cost beside the engines, from the commits of a finished run.
+"""What orchestration costs an iteration: the flow beside a bare loop over the same stages on the same engines.
 
-    python benchmarks/iteration_cost.py RUN [--root URL]
+    python benchmarks/iteration_cost.py [--rounds 5] [--iterations 6] [--set key=value]...
 
-Prefect and MLflow: the wall-clock time between the last commits of consecutive iterations, less the stages' own
-time. Storage: the run's artifacts written and committed again, and read back whole with every checksum verified, on a
-fresh root on the same disk. Engines: what is left of the stages' time. The first iteration, which waits for the
-engines to start, is left out.
+Each round runs three short runs in turn, in changing order, on one pair of engines:
+
+flow         `flows.train`: Prefect (a flow run an iteration, a task run a stage), MLflow, artifacts on disk
+bare, disk   the stages' own functions called one after the other; artifacts on the same disk
+bare, RAM    the same with artifacts on a file system in memory
+
+The bare loop has no Prefect, no MLflow, no progress, no look for what is committed and no figures. It still
+serialises, hashes, writes and commits each stage's artifacts, and reads and verifies them for the next stage, since
+that is how stages hand over their work; `storage work` is that alone, measured by writing and reading the runs in RAM
+again. Times are those between the last commits of consecutive iterations, so a run's start and end are left out. What
+the flow adds is split by the times that Prefect noted for the tasks `track` (MLflow) and `report` (the results table).
 """
 
 import argparse
 import itertools
+import json
+import os
 import statistics
+import sys
 import tempfile
 import time
+import urllib.request
+import uuid
 from pathlib import Path
+from typing import Any
 
 from moe_replay.archive.artifacts import Artifact, RunStore
-from moe_replay.config import RunConfig, run_root
-from moe_replay.environment import set_defaults
+from moe_replay.config import RunConfig, load_config, parse_override
+from moe_replay.engines.pool import EnginePool
+from moe_replay.engines.process import no_progress
+from moe_replay.environment import make_home, set_defaults
+from moe_replay.servers import prefect_server
+from moe_replay.stages.run import Run
+
+RAM = "/dev/shm"
+Times = dict[str, list[list[float]]]
+"""Seconds of each iteration by row of the table and round."""
 
 
 def main() -> None:
     """Print seconds per iteration: median, and the quartiles around it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("--root", default=None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=6)
+    parser.add_argument("--set", action="append", default=[], help="a setting as key=value")
     asked = parser.parse_args()
     set_defaults()
-    store = RunStore(asked.root or run_root(RunConfig()), asked.run)
-    iterations = store.iterations()
-    walls, stages, storages = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for previous, iteration in itertools.pairwise(iterations):
-            walls.append(_finished(store, iteration) - _finished(store, previous))
-            stages.append(sum(status.seconds or 0.0 for status in store.status(iteration)))
-            storages.append(_store_again(store, RunStore(folder, asked.run), iteration))
-    rows = {
-        "iteration, wall clock": walls,
-        "Prefect + MLflow": [wall - stage for wall, stage in zip(walls, stages, strict=True)],
-        "storage: write, commit, read, verify": storages,
-        "engines": [stage - storage for stage, storage in zip(stages, storages, strict=True)],
+    home = make_home()
+    overrides = dict(parse_override(text) for text in asked.set)
+    load = os.getloadavg()[0]
+    with (
+        prefect_server(home) as wait,
+        tempfile.TemporaryDirectory(dir=home) as disk,
+        tempfile.TemporaryDirectory(dir=RAM) as ram,
+    ):
+        wait()
+        from tasks.engines import keeping_engines
+
+        with keeping_engines():
+            times = measure(asked.rounds, {**overrides, "iterations": asked.iterations}, disk, ram)
+    print(table(times))
+    print(f"load of the machine (1 minute) {load:.1f} before, {os.getloadavg()[0]:.1f} after; {os.cpu_count()} cores")
+
+
+def measure(rounds: int, settings: dict[str, Any], disk: str, ram: str) -> Times:
+    """The three ways in turn; a round before the first warms the engines up and is not counted."""
+    ways = {"flow": disk, "bare, disk": disk, "bare, RAM": ram}
+    times: Times = {}
+    for turn in range(-1, rounds):
+        for way in sorted(ways, reverse=turn % 2 == 1):
+            config = load_config(None, {**settings, "storage.root": Path(ways[way]).as_uri()})
+            name = f"cost-{uuid.uuid4().hex[:8]}"
+            found = _flow(config, name) if way == "flow" else _bare(config, name)
+            if way == "bare, RAM":
+                found |= {"storage work": _store_again(RunStore(ways[way], name))}
+            if turn >= 0:
+                for row, seconds in found.items():
+                    times.setdefault(way if row == "iteration" else row, []).append(seconds)
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+    return times
+
+
+def _flow(config: RunConfig, name: str) -> dict[str, list[float]]:
+    from flows.train import train
+
+    train(config, name)
+    ran = _task_seconds(name, config.iterations)
+    return {"iteration": _between_iterations(RunStore(str(config.storage.root), name)), **ran}
+
+
+def _bare(config: RunConfig, name: str) -> dict[str, list[float]]:
+    from moe_replay.preparation import prepare
+    from tasks.engines import engines_of
+
+    run = prepare(config, name, no_progress)
+    pool, policy = engines_of(run), run.initial_policy
+    for n in range(config.iterations):
+        policy = _iterate(pool, run, n, policy)
+    return {"iteration": _between_iterations(run.store())}
+
+
+def _iterate(pool: EnginePool, run: Run, n: int, policy: Any) -> Any:
+    """What `flows.train.iterate` has the stages of a method without a predictor do."""
+    from moe_replay.stages.routes import archive_routes
+
+    stages = "moe_replay.stages"
+    rollout = pool.rollout().call(f"{stages}.rollout:generate_rollouts", no_progress, run, n, policy)
+    routes = archive_routes(run, n, rollout)
+    trained = pool.training().call(f"{stages}.training:train_replayed", no_progress, run, n, policy, rollout, routes)
+    pool.rollout().call(f"{stages}.evaluation:evaluate_policy", no_progress, run, n, trained)
+    return trained
+
+
+def _between_iterations(store: RunStore) -> list[float]:
+    ends = [max(s.finished.timestamp() for s in store.status(n) if s.finished) for n in store.iterations()]
+    return [later - earlier for earlier, later in itertools.pairwise(ends)]
+
+
+def _task_seconds(run_id: str, iterations: int) -> dict[str, list[float]]:
+    """Seconds that Prefect noted for the tasks beside the stages, by iteration but the first."""
+    names = [f"track-{n}" for n in range(1, iterations)]
+    flows = _ask("flow_runs", {"flow_runs": {"name": {"like_": run_id}}})
+    tasks = _ask("task_runs", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
+    tracked = {task["name"]: task["total_run_time"] for task in tasks}
+    reported = sorted((task for task in tasks if task["name"].startswith("report")), key=lambda task: task["created"])
+    return {
+        "MLflow": [tracked[name] for name in names],
+        "results table": [task["total_run_time"] for task in reported[1:]],
     }
-    for name, seconds in rows.items():
-        low, middle, high = statistics.quantiles(seconds, n=4)
-        print(f"{name:38} {middle:6.3f} s   [{low:.3f}, {high:.3f}]")
 
 
-def _finished(store: RunStore, iteration: int) -> float:
-    moments = [status.finished.timestamp() for status in store.status(iteration) if status.finished]
-    return max(moments)
+def _ask(what: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{os.environ['PREFECT_API_URL']}/{what}/filter",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
 
 
-def _store_again(source: RunStore, target: RunStore, iteration: int) -> float:
-    """Seconds to write, commit, open and verify the iteration's artifacts, their bytes being in memory before."""
+def _store_again(source: RunStore) -> list[float]:
+    """Seconds to write, commit, open and verify each iteration's artifacts, their bytes being in memory before."""
+    with tempfile.TemporaryDirectory(dir=RAM) as folder:
+        target = RunStore(folder, source.run_id)
+        return [_copy(source, target, n) for n in source.iterations()[1:]]
+
+
+def _copy(source: RunStore, target: RunStore, iteration: int) -> float:
     seconds = 0.0
     for status in source.status(iteration):
         ref = source.commit_of(status.stage, iteration)
@@ -68,6 +166,26 @@ def _store_again(source: RunStore, target: RunStore, iteration: int) -> float:
         written.localize(Path("unused"))
         seconds += time.perf_counter() - start
     return seconds
+
+
+def table(times: Times) -> str:
+    """Rows of seconds per iteration, then what they say of each other, by round."""
+    lines = [_row(name, list(itertools.chain(*rounds)), "s") for name, rounds in times.items()]
+    medians = {name: [statistics.median(seconds) for seconds in rounds] for name, rounds in times.items()}
+    flow, disk, ram = (medians[name] for name in ("flow", "bare, disk", "bare, RAM"))
+    added = [a - b for a, b in zip(flow, disk, strict=True)]
+    named = [a + b for a, b in zip(medians["MLflow"], medians["results table"], strict=True)]
+    lines.append(_row("flow - bare, disk: orchestration", added, "s"))
+    lines.append(_row("  of it Prefect, all but these tasks", [a - b for a, b in zip(added, named, strict=True)], "s"))
+    lines.append(_row("bare, disk - bare, RAM", [a - b for a, b in zip(disk, ram, strict=True)], "s"))
+    lines.append(_row("flow / bare, disk", [a / b for a, b in zip(flow, disk, strict=True)], ""))
+    lines.append(_row("flow / bare, RAM", [a / b for a, b in zip(flow, ram, strict=True)], ""))
+    return "\n".join(lines)
+
+
+def _row(name: str, values: list[float], unit: str) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{name:38} {middle:6.3f} {unit:1}   [{low:.3f}, {high:.3f}] of {len(values)}"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ class TrainingConfig(Config):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     micro_batch_tokens: PositiveInt = 8192
-    """Tokens per forward pass; verl packs sequences into micro-batches up to it."""
+    """Tokens per forward pass; verl packs sequences into micro-batches up to it. Where memory does not do for as many,
+    the stage is retried with half of them, down to the longest sequence."""
     recompute: bool = False
     """Recompute activations in backward instead of keeping them."""
     dtype: Dtype = "float32"

@@ -40,10 +40,29 @@ class EngineLost(ReplayError, RuntimeError):
     transient = True
 
 
+class OutOfMemory(ReplayError, RuntimeError):
+    """Transient: an engine's memory did not do; a fresh engine has more, or is given less to hold at once."""
+
+    transient = True
+
+    def __init__(self, message: str, micro_batch_tokens: int | None = None):
+        """`micro_batch_tokens` is what the largest micro-batch of a training pass could hold, where one failed."""
+        super().__init__(message)
+        self.micro_batch_tokens = micro_batch_tokens
+
+
 class TrackingUnavailable(ReplayError, RuntimeError):
     """Transient: MLflow did not answer; a later attempt may succeed."""
 
     transient = True
+
+
+class StorageFull(ReplayError, OSError):
+    """Permanent: a disk or a quota is full.
+
+    Another attempt would make the whole stage again only to fail where this one did, having left its own share of
+    what fills the disk: somebody has to make room first.
+    """
 
 
 class StorageUnavailable(ReplayError, OSError):

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,13 +129,21 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
     ui_is_named = "PREFECT_UI_URL" in os.environ
     if not ui_is_named:
         os.environ["PREFECT_UI_URL"] = f"http://{HOST}:{PREFECT_PORT}"
+    waited_for = False
+
+    def wait() -> None:
+        nonlocal waited_for
+        waited_for = True
+        wait_until_healthy(server, process, logs)
+
     try:
-        yield lambda: wait_until_healthy(server, process, logs)
+        yield wait
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         if not ui_is_named:
             os.environ.pop("PREFECT_UI_URL", None)
-        _stop(process)
+        # One that nobody has spoken to has nothing to finish, and would first start before it ends politely.
+        _stop(process, (signal.SIGTERM, signal.SIGKILL) if waited_for else (signal.SIGKILL,))
 
 
 def _end_with_parent() -> None:
@@ -199,9 +207,11 @@ def wait_until_healthy(server: Server, process: subprocess.Popen[bytes], logs: P
     raise EngineLost(f"the {server.name} server did not answer within {_START_SECONDS:.0f} s; its log is {log}")
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def _stop(
+    server: subprocess.Popen[bytes], signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGKILL)
+) -> None:
     """End a server with its workers: it leads a process group of its own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in signals:
         try:
             os.killpg(server.pid, number)
             server.wait(_STOP_SECONDS)

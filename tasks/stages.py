@@ -5,13 +5,15 @@ deployment run and an empty Prefect database all do the same.
 """
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import StagesConfig
-from moe_replay.errors import StabilityAlarm
+from moe_replay.engines.pool import EnginePool
+from moe_replay.errors import OutOfMemory, StabilityAlarm
 from moe_replay.interrupts import raise_lost_interrupt
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
@@ -110,11 +112,31 @@ def _on_engine(
         except BaseException as error:
             progress(0, 0, f"stopped by {type(error).__name__}")
             pool.discard(engine)
+            if isinstance(error, OutOfMemory):
+                _give_less(pool, engine, run, error)
             raise
         progress.finish()
         return made
 
     return _unless_committed(run, stage, iteration, inputs, work)
+
+
+def _give_less(pool: EnginePool, engine: str, run: Run, failed: OutOfMemory) -> NoReturn:
+    """Prepare the next attempt after memory ran out, and raise what says so and what else would help."""
+    if engine == "rollout":
+        share = run.config.rollout.memory_fraction
+        raise OutOfMemory(
+            f"{failed}. rollout.memory_fraction = {share} is the share of a GPU that the rollout engine takes: lower "
+            "it where training needs more of the rest, raise it where model and cache do not fit; on a CPU, free memory"
+        ) from failed
+    settings = run.config.rollout
+    smaller = pool.take_smaller_micro_batches(failed, settings.max_prompt_tokens + settings.max_response_tokens)
+    get_run_logger().warning("%s; from now on micro-batches hold up to %d tokens", failed, smaller)
+    raise OutOfMemory(
+        f"{failed}; another attempt takes micro-batches of up to {smaller}: allow more attempts with stages.retries "
+        f"(now {run.config.stages.retries}), or give it more memory",
+        failed.micro_batch_tokens,
+    ) from failed
 
 
 def _unless_committed(

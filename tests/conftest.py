@@ -10,6 +10,11 @@ from moe_replay.engines.process import no_progress
 from moe_replay.environment import set_defaults
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=30, help="kills that tests/kill tries")
+    parser.addoption("--kill-seed", type=int, default=None, help="repeats the kills of that seed; else it is drawn")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MOE_REPLAY_HOME of this session; all state that tests make lies under it."""

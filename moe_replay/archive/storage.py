@@ -94,7 +94,7 @@ class Storage:
 
     def write(self, path: str, data: bytes) -> None:
         """Write or overwrite one object; readers see the old or the new one whole."""
-        with storage_errors(f"writing {self.name}/{path}", creating=True):
+        with storage_errors(f"writing {self.name}/{path} ({len(data):,} bytes)", creating=True):
             if self.local_folder is not None:
                 with _written_aside(Path(self._at(path)), data) as temporary:
                     os.replace(temporary, self._at(path))
@@ -107,7 +107,7 @@ class Storage:
         On stores without conditional put the check and the put are two requests. A put whose answer was lost is
         tried again and may then meet its own object: compare what is there.
         """
-        with storage_errors(f"writing {self.name}/{path}", creating=True):
+        with storage_errors(f"writing {self.name}/{path} ({len(data):,} bytes)", creating=True):
             local = self.local_folder is not None
             created = _create_local(Path(self._at(path)), data) if local else self._create_remote(path, data)
         if not created:
@@ -115,7 +115,7 @@ class Storage:
 
     def upload(self, local: Path, path: str) -> None:
         """Copy a local file to an object."""
-        with storage_errors(f"writing {self.name}/{path}", creating=True):
+        with storage_errors(f"writing {self.name}/{path} ({local.stat().st_size:,} bytes)", creating=True):
             patiently(self._fs.put_file, str(local), self._at(path))
 
     def download(self, path: str, local: Path) -> None:

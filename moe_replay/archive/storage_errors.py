@@ -1,4 +1,4 @@
-"""What a store's errors mean: try again, change something, or there is no such object.
+"""What a store's errors mean: try again, change something, make room, or there is no such object.
 
 A store's own message may quote keys or signed URLs, so only its type, its error code and the endpoint's host are told.
 """
@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from moe_replay.errors import ConfigError, ReplayError, StorageUnavailable
+from moe_replay.errors import ConfigError, ReplayError, StorageFull, StorageUnavailable
 
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL_TEXTS = tuple(os.strerror(number) for number in _FULL)
 # Object-store clients are optional dependencies and their network errors are no OSErrors: told by name.
 _CLIENTS = {"botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure", "adlfs"}
 _NETWORK_ERRORS = {
@@ -39,6 +41,8 @@ _PASSING_CODES = {
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 }
+_FULL_STATUS = 507
+_FULL_CODES = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"}
 
 _CREDENTIALS = (
     "the store refused the credentials: correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in "
@@ -82,11 +86,15 @@ _CERTIFICATE = (
 )
 _CHECK = "check the root, the permissions on it and the credentials in the environment"
 _AGAIN = "try again once the storage answers"
+_MAKE_ROOM = (
+    "no room is left: nothing that is committed was harmed; make room (moe-replay archive gc removes what dead "
+    "writers left and what has served), then resume the run"
+)
 
 
 @contextmanager
 def storage_errors(action: str, creating: bool = False) -> Iterator[None]:
-    """Raise a store's errors as StorageUnavailable (try again) or ConfigError (denied), without their text.
+    """Raise a store's errors as StorageUnavailable, StorageFull or ConfigError (denied), without their text.
 
     "Not found" passes through, except for a missing bucket and while `creating`: then the bucket or folder is missing.
     """
@@ -100,6 +108,21 @@ def storage_errors(action: str, creating: bool = False) -> Iterator[None]:
             raise
         # Not even as a cause: Prefect and the engines' logs keep whole tracebacks.
         raise kind(f"{action} failed ({_reason(error)}); {_way_out(error, kind)}") from None
+
+
+@contextmanager
+def told_of_full_disk(folder: str) -> Iterator[None]:
+    """Raise StorageFull where a library could not write below `folder` for want of room; other errors pass."""
+    try:
+        yield
+    except ReplayError:
+        raise
+    except Exception as error:
+        # safetensors and others raise errors of their own, which have but the system's text.
+        is_full = isinstance(error, OSError) and error.errno in _FULL
+        if not is_full and not any(text in str(error) for text in _FULL_TEXTS):
+            raise
+        raise StorageFull(f"writing below {folder} failed ({type(error).__name__}); {_MAKE_ROOM}") from error
 
 
 def may_pass(error: Exception) -> bool:
@@ -119,19 +142,25 @@ def redacted(url: str) -> str:
     return re.sub(r"\?.*$", "", re.sub(r"//.*@", "//", url))
 
 
-def _kind_of(error: Exception, creating: bool) -> type[ConfigError] | type[StorageUnavailable] | None:
+def _kind_of(
+    error: Exception, creating: bool
+) -> type[ConfigError] | type[StorageFull] | type[StorageUnavailable] | None:
     """None for what is no error of a store, or says that there is no such object."""
     if _is_of_certificates(error):
         return ConfigError
     answer = _s3_answer(error)
     if answer is not None:
         status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), s3_code(error)
+        if status == _FULL_STATUS or code in _FULL_CODES:
+            return StorageFull
         if status in _PASSING_STATUS or code in _PASSING_CODES:
             return StorageUnavailable
         missing = isinstance(error, FileNotFoundError) and code != "NoSuchBucket" and not creating
         return None if missing else ConfigError
     if isinstance(error, FileNotFoundError):
         return ConfigError if creating else None
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return StorageFull
     if isinstance(error, OSError):
         denied = isinstance(error, PermissionError) or error.errno in _DENIED
         return ConfigError if denied else StorageUnavailable
@@ -176,6 +205,8 @@ def _reason(error: Exception) -> str:
 def _way_out(error: Exception, kind: type[ReplayError]) -> str:
     if kind is StorageUnavailable:
         return _AGAIN
+    if kind is StorageFull:
+        return _MAKE_ROOM
     if _is_of_certificates(error):
         return _CERTIFICATE
     if isinstance(error, FileNotFoundError):

@@ -61,7 +61,7 @@ class PatientStore(FsspecStore):
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         """Write one object."""
-        with storage_errors(f"writing {self.path}/{key}", creating=True):
+        with storage_errors(f"writing {self.path}/{key} ({len(value):,} bytes)", creating=True):
             await patiently_awaited(super().set, key, value, byte_range)
 
     async def delete(self, key: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from moe_replay.config import RolloutConfig, TrainingConfig
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess
+from moe_replay.errors import ConfigError, OutOfMemory
 
 
 class EnginePool:
@@ -38,6 +39,22 @@ class EnginePool:
         """The process of the verl engine (`moe_replay.engines.training.TrainingEngine`)."""
         arguments = (self._model, self._weights, self._training_config)
         return self._get("training", "moe_replay.engines.training:TrainingEngine", arguments, {})
+
+    def take_smaller_micro_batches(self, failed: OutOfMemory, longest: int) -> int:
+        """Have training engines built from now on take half the tokens a forward pass that `failed`; returns them.
+
+        Raises ConfigError where they would not hold the longest sequence that the config allows, of `longest` tokens.
+        """
+        now = failed.micro_batch_tokens or self._training_config.micro_batch_tokens
+        if now <= longest:
+            raise ConfigError(
+                f"{failed}; no smaller micro-batch holds a sequence of up to {longest} tokens "
+                "(rollout.max_prompt_tokens + rollout.max_response_tokens): give it more memory, set "
+                "training.recompute = true, or allow shorter sequences"
+            )
+        smaller = max(now // 2, longest)
+        self._training_config = self._training_config.model_copy(update={"micro_batch_tokens": smaller})
+        return smaller
 
     def discard(self, name: str) -> None:
         """Stop the `rollout` or `training` engine, so that what comes next starts from a clean one."""

@@ -19,7 +19,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from moe_replay.errors import EngineFailed, EngineLost, ReplayError
+from moe_replay.engines.memory import ran_out_of_memory
+from moe_replay.errors import EngineFailed, EngineLost, OutOfMemory, ReplayError
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) while a stage works."""
@@ -74,6 +75,7 @@ class EngineProcess:
             EngineLost: the process died; its log says why. Or a call before this one was broken off by an exception
                 of `progress` or from outside: the engine is still at that work, and its next answer belongs to it.
             ReplayError: what the function, or the building of the engine, raised of ours.
+            OutOfMemory: an allocation failed; the engine may hold half of what it was making.
             EngineFailed: what it raised besides.
         """
         if self._broken_off and self._process.is_alive():
@@ -93,6 +95,8 @@ class EngineProcess:
                 self._idle = True
                 if kind == "error":
                     raise payload
+                if kind == "memory":
+                    raise OutOfMemory(f"the {self.name} engine ran out of memory: {payload}; its log is {self.log}")
                 if kind == "failure":
                     raise EngineFailed(f"the {self.name} engine failed: {payload}; the traceback is in {self.log}")
                 return payload
@@ -166,8 +170,9 @@ def _answer_error(connection: Connection, error: BaseException) -> None:
     traceback.print_exc()
     sys.stderr.flush()
     text = "".join(traceback.format_exception_only(error)).strip()
+    kind = "memory" if ran_out_of_memory(error) else "failure"
     with contextlib.suppress(OSError):
-        connection.send(("error", error) if isinstance(error, ReplayError) else ("failure", text))
+        connection.send(("error", error) if isinstance(error, ReplayError) else (kind, text))
 
 
 def _write_to(log: Path) -> None:

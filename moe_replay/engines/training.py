@@ -22,7 +22,9 @@ from torch._C._distributed_c10d import HashStore
 
 from moe_replay.archive.layout import MODEL_FOLDER
 from moe_replay.config import TrainingConfig
+from moe_replay.engines.memory import ran_out_of_memory
 from moe_replay.engines.training_batch import PassRoutes, TokenSequence, as_batch, token_fields
+from moe_replay.errors import OutOfMemory
 from moe_replay.methods import Method
 from moe_replay.routing.observation import RouterFeatures
 from moe_replay.routing.trace import RoutingTrace
@@ -64,6 +66,8 @@ class TrainingEngine:
 
         _join_process_group()
         self._training = training
+        self.micro_batch_tokens = training.micro_batch_tokens
+        """Most tokens of one forward pass."""
         self.weights: str | None = weights
         """Which weights, and optimizer state, the engine holds, as the caller named them."""
         self._engine = self._build(model)
@@ -114,12 +118,14 @@ class TrainingEngine:
             RoutingMismatch: routes, reference, positions or predictor are not of these tokens or this model.
             ConfigError: routes and a predictor are given, or the model's routers choose by more than their logits and
                 features or predictions are asked for.
+            OutOfMemory: an allocation failed.
         """
         asked = PassRoutes(routes, reference, sampled, predictor)
-        batch = self._batch(sequences, asked, temperature, calculate_entropy=True)
-        with self._engine.eval_mode():
-            output = self._engine.infer_batch(batch)
-        return self._pass(output, batch)
+        with self._telling_of_memory(sequences):
+            batch = self._batch(sequences, asked, temperature, calculate_entropy=True)
+            with self._engine.eval_mode():
+                output = self._engine.infer_batch(batch)
+            return self._pass(output, batch)
 
     def step(
         self,
@@ -144,13 +150,14 @@ class TrainingEngine:
         per_token = {"old_log_probs": old_NS, "advantages": advantages_NS}
         if importance_NS is not None:
             per_token["rollout_is_weights"] = importance_NS
-        batch = self._batch(sequences, PassRoutes(routes, reference, sampled), temperature, per_token)
-        self.weights = None
-        with self._engine.train_mode():
-            with self._scaled_learning_rate(lr_factor):
-                output = self._engine.train_batch(batch, partial(ppo_loss, _actor_config(method, len(sequences))))
-            self._engine.lr_scheduler_step()
-        return self._pass(output, batch)
+        with self._telling_of_memory(sequences):
+            batch = self._batch(sequences, PassRoutes(routes, reference, sampled), temperature, per_token)
+            self.weights = None
+            with self._engine.train_mode():
+                with self._scaled_learning_rate(lr_factor):
+                    output = self._engine.train_batch(batch, partial(ppo_loss, _actor_config(method, len(sequences))))
+                self._engine.lr_scheduler_step()
+            return self._pass(output, batch)
 
     @contextmanager
     def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
@@ -222,11 +229,27 @@ class TrainingEngine:
         return as_batch(
             fields,
             len(sequences),
-            max_token_len_per_gpu=self._training.micro_batch_tokens,
+            max_token_len_per_gpu=self.micro_batch_tokens,
             temperature=temperature,
             calculate_entropy=calculate_entropy,
             **settings,
         )
+
+    @contextmanager
+    def _telling_of_memory(self, sequences: Sequence[TokenSequence]) -> Iterator[None]:
+        """Raise an allocation that failed as OutOfMemory with the size of the micro-batches it failed with."""
+        try:
+            yield
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            tokens = sum(sequence.num_tokens for sequence in sequences)
+            largest = min(tokens, self.micro_batch_tokens)
+            raise OutOfMemory(
+                f"a training pass over {len(sequences)} sequences of {tokens} tokens, in micro-batches of up to "
+                f"{largest}, ran out of memory ({str(error).splitlines()[0][:300]})",
+                largest,
+            ) from error
 
     def _pass(self, output: dict[str, Any], batch: TensorDict) -> Pass:
         from verl.workers.utils.padding import no_padding_2_padding

@@ -1,6 +1,5 @@
 """A run as its stages see it: where its artifacts are, which weights a reference stands for, which seed to use."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.plan import EarlierConfig, ForkPoint, RunPlan
 from moe_replay.seeds import derive_seed
 from moe_replay.stages.completion import missing_stages
+from moe_replay.stages.scratch import scratch_folder
 
 _INITIAL = "model://initial"
 
@@ -150,11 +150,9 @@ class Run(BaseModel):
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder on local disk that is gone afterwards."""
-        parent = self.home / "scratch"
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as folder:
-            yield Path(folder)
+        """A folder on local disk that is gone afterwards; raises StorageFull when no room is left there."""
+        with scratch_folder(self.home / "scratch") as folder:
+            yield folder
 
     def open(self, ref: ArtifactRef) -> Artifact:
         """A committed artifact of this run, or of one it was forked from."""

@@ -81,7 +81,11 @@ def train_replayed(
     _write(writer, run, engine, batch, observation, steps)
     if recorder:
         recorder.close()
-    ref = writer.commit(metrics=metrics, attributes={"method": run.config.method.label, **decided.attributes()})
+    attributes = {"method": run.config.method.label, **decided.attributes()}
+    if engine.micro_batch_tokens != run.config.training.micro_batch_tokens:
+        # Memory did not do for the config's: sums are rounded otherwise than in a run where it does.
+        attributes["micro_batch_tokens"] = engine.micro_batch_tokens
+    ref = writer.commit(metrics=metrics, attributes=attributes)
     engine.weights = ref.sha256
     return ref
 

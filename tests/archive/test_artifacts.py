@@ -11,7 +11,7 @@ import pytest
 from moe_replay.archive.artifacts import ArtifactRef, Commit, RunStore
 from moe_replay.archive.layout import STAGES, RunLayout
 from moe_replay.archive.storage import Storage, storage_errors
-from moe_replay.errors import ArchiveCorrupt, ConfigError, StorageUnavailable
+from moe_replay.errors import ArchiveCorrupt, ConfigError, StorageFull, StorageUnavailable
 
 
 def commit_scores(store, iteration=0, data=b"scores", inputs=None, digest="d", **kwargs):
@@ -407,6 +407,7 @@ def test_a_root_of_no_known_file_system_is_a_config_error():
         (TimeoutError("AKIA123"), StorageUnavailable),
         (ConnectionResetError(errno.ECONNRESET, "AKIA123"), StorageUnavailable),
         (OSError(errno.EBUSY, "SlowDown AKIA123"), StorageUnavailable),
+        (OSError(errno.EDQUOT, "AKIA123"), StorageFull),
     ],
 )
 def test_storage_errors_say_whether_to_retry_and_never_quote_the_store(error, kind):

@@ -52,6 +52,10 @@ def fail(counter: Counter, progress: Progress) -> None:
     raise ForeignError("the kernel", 7)
 
 
+def exhaust(counter: Counter, progress: Progress) -> None:
+    bytearray(1 << 60)
+
+
 def unpicklable(counter: Counter, progress: Progress) -> Any:
     return lambda: None
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from moe_replay.engines.process import EngineProcess, no_progress
-from moe_replay.errors import EngineLost, RoutingMismatch
+from moe_replay.errors import EngineLost, OutOfMemory, RoutingMismatch
 
 
 def start(tmp_path: Path, build: str = "process_calls:Counter", **environment: str) -> EngineProcess:
@@ -59,6 +59,12 @@ def test_any_other_error_arrives_as_its_text(engine):
         engine.call("process_calls:fail", no_progress)
     assert "Traceback" in engine.log.read_text()
     assert engine.call("process_calls:add", no_progress, 1) == 6
+
+
+def test_an_allocation_that_fails_arrives_as_such_and_may_be_tried_again(engine):
+    with pytest.raises(OutOfMemory, match="counter engine ran out of memory: MemoryError") as failed:
+        engine.call("process_calls:exhaust", no_progress)
+    assert failed.value.transient
 
 
 def test_a_result_that_cannot_be_sent_is_an_error_not_silence(engine):

@@ -10,10 +10,10 @@ import pytest
 from models import reference, same_sets, write_random
 from safetensors.numpy import load_file
 from trainer import BATCH, LAYERS, LENGTHS, E, K, assert_same, foreign_routes, largest_difference, traces
-from training_calls import Asked, Seen, make_config
+from training_calls import Asked, Seen, make_config, random_batch
 
 from moe_replay.config import RunConfig
-from moe_replay.errors import ConfigError, RoutingMismatch
+from moe_replay.errors import ConfigError, OutOfMemory, RoutingMismatch
 from moe_replay.methods import PRESETS, PolicyLoss
 
 # What a pass returns
@@ -346,3 +346,21 @@ def test_the_embedded_model_trains_and_its_checkpoint_is_whole(trainer, assets, 
     assert_same(expected[0], again[0])
     for name, value in expected[1].items():
         np.testing.assert_array_equal(value, again[1][name], err_msg=name)
+
+
+# Memory
+
+
+def test_a_pass_that_finds_no_memory_says_with_how_much_and_a_smaller_micro_batch_passes(trainer, model):
+    batch = random_batch(sequences=1500)
+    tokens = sum(map(len, batch.prompts + batch.responses))
+    limit = 20_000_000
+    trainer.open_model(model, make_config({"micro_batch_tokens": 100_000}))
+    with pytest.raises(
+        OutOfMemory, match=f"1500 sequences of {tokens} tokens, in micro-batches of up to {tokens}"
+    ) as e:
+        trainer.score_in_little_memory(batch, limit)
+    assert e.value.transient
+    assert e.value.micro_batch_tokens == tokens
+    trainer.open_model(model, make_config({"micro_batch_tokens": 500}))
+    assert len(trainer.score_in_little_memory(batch, limit).log_probs) == 1500

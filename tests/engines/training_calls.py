@@ -1,12 +1,14 @@
 """What tests have verl do; imported by name in its process. Tensors travel as numpy."""
 
 import random
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from memory_calls import leave_memory
 
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig, parse_config
@@ -136,6 +138,15 @@ def train_stage(bench: Bench, progress: Progress, run: Run, iteration: int, *inp
     from moe_replay.stages.training import train_replayed
 
     return train_replayed(bench.held, progress, run, iteration, *inputs)
+
+
+def score_in_little_memory(bench: Bench, progress: Progress, batch: Batch, num_bytes: int) -> Seen:
+    """Score with so many bytes more than the process has taken already."""
+    leave_memory(bench, progress, num_bytes)
+    try:
+        return score(bench, progress, batch, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def hidden_size(bench: Bench, progress: Progress) -> int:

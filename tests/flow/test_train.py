@@ -3,23 +3,27 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from asking import checkpoints, mlflow_steps, tasks_of
+from asking import tasks_of
 from command import EXACT, SMALL, run_json, start
 from compared_runs import Compared
+from kills import PATIENT, KilledRun
+from machine import Machine
 from mlflow import MlflowClient
 from variants import VARIANTS
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.layout import TIMING_FILE
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.methods import PRESETS
 from moe_replay.reports.measures import is_served
@@ -141,28 +145,18 @@ def test_a_longer_pr2_run_predicts_and_stays_as_steady_as_replay(tmp_path: Path)
     assert sorted(metrics["mismatch/kl_k3"] for metrics in said["iterations"])[17] < 6e-4
 
 
-def test_resume_after_sigkill_continues_at_the_first_uncommitted_stage_and_gives_the_same_bytes(
-    exact_run: tuple[Path, dict[str, Any]], tmp_path: Path
+def test_a_run_killed_twice_goes_on_at_its_first_uncommitted_stage_to_the_same_bytes(
+    exact_run: tuple[Path, dict[str, Any]], tmp_path: Path, home: Path, prefect_api: str
 ) -> None:
-    root = tmp_path.as_uri()
-    disturbed = start("run", "--run-id=exact", "--iterations=2", f"--root={root}", settings=EXACT)
-    wait_for(tmp_path / "exact/iterations/00000/training", "_committed.json")
-    engines = psutil.Process(disturbed.pid).children(recursive=True)
-    disturbed.kill()
-    disturbed.wait()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "exact").rglob("_committed.json")}
+    machine = Machine(tmp_path, home / "embedded", f"sqlite:///{home / 'mlflow.db'}", prefect_api)
+    run = KilledRun(machine, tmp_path / "runs", {**PATIENT, "iterations": 2}, 2 * len(STAGES), random.Random(5))
 
-    resumed = start("resume", "exact", f"--root={root}", "--json", "--quiet")
-    out, err = resumed.communicate(timeout=600)
+    run.kill("flow", after=2, then="run again")
+    run.kill("everything", after=3, then="fresh checkout")
+    run.finish()
 
-    assert (resumed.returncode, err) == (0, "")
-    said = json.loads(out)
-    assert psutil.wait_procs(engines, timeout=10)[1] == [], "engines outlived the process that drove them"
-    assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "a committed stage ran again"
-    assert committed_bytes(tmp_path / "exact") == committed_bytes(exact_run[0])
-    assert without_clock(said["iterations"]) == without_clock(exact_run[1]["iterations"])
-    assert mlflow_steps(said["mlflow_run_id"], "mismatch/kl_k3") == [0, 1]
-    assert [model.name for model in checkpoints(said["mlflow_run_id"])] == ["exact-00000", "exact-00001"]
+    assert [one.problem for one in run.kills] == [None, None]
+    assert run.problems(exact_run[0], MlflowClient(), 2) == []
 
 
 def test_interrupt_ends_everything_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +213,34 @@ def test_stage_whose_engine_dies_is_retried_with_a_fresh_one_and_a_second_runner
     assert (attempts["rollout-0"], attempts["training-0"]) == (1, 2)
 
 
+def test_training_that_finds_no_memory_is_retried_on_a_fresh_engine_with_smaller_micro_batches(
+    exact_run: tuple[Path, dict[str, Any]], tmp_path: Path, prefect_api: str, home: Path
+) -> None:
+    for stage in ("rollout", "routes"):
+        shutil.copytree(exact_run[0] / "iterations/00000" / stage, tmp_path / "exact/iterations/00000" / stage)
+    settings = {**EXACT, "iterations": 2, "stages.retry_delay_seconds": 0}
+    script = Path(__file__).with_name("training_without_memory.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path.as_uri(), "exact", json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": f"{script.parent.parent}:{os.environ.get('PYTHONPATH', '')}"},
+    )
+
+    assert done.returncode == 0, done.stderr
+    told = re.search(r"in micro-batches of up to (\d+), ran out of memory .*can't allocate memory", done.stderr)
+    assert told is not None, done.stderr
+    training = RunStore(tmp_path.as_uri(), "exact").committed("training", 0)
+    assert training is not None
+    assert training.commit.attributes["micro_batch_tokens"] == int(told[1]) // 2
+    # The config that the run is known by stays.
+    undisturbed = RunStore(exact_run[0].parent.as_uri(), "exact").committed("training", 0)
+    assert undisturbed is not None
+    assert training.commit.config_digest == undisturbed.commit.config_digest
+    assert "micro_batch_tokens" not in undisturbed.commit.attributes
+
+
 def test_permanent_error_fails_the_stage_at_once(
     exact_run: tuple[Path, dict[str, Any]], tmp_path: Path, prefect_api: str
 ) -> None:
@@ -269,19 +291,6 @@ def test_verify_names_a_damaged_object(exact_run: tuple[Path, dict[str, Any]], t
 
     assert process.returncode == 1
     assert any("iterations/00001/routes" in problem for problem in json.loads(out)["problems"])
-
-
-def committed_bytes(run: Path) -> dict[str, bytes]:
-    """Every object of a run that a seed decides; not what a killed writer left, which belongs to nothing."""
-    found = (path for path in (run / "iterations").glob("*/[!_]*/**/*") if path.is_file())
-    files = (path for path in found if path.name != TIMING_FILE)
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
-
-
-def without_clock(iterations: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The metrics that do not depend on how fast the machine is."""
-    clocked = ("time/", "archive/write_mb_s")
-    return [{key: value for key, value in one.items() if not key.startswith(clocked)} for one in iterations]
 
 
 def wait_for(folder: Path, pattern: str) -> None:

@@ -19,17 +19,32 @@ BUCKET = "runs"
 START_SECONDS = 30
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
     """Where a server listens, and the folder whose subfolders are its buckets."""
 
     port: int
     folder: Path
+    process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """The endpoint."""
         return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Serve, for the first time or again after a kill, on the same port."""
+        rclone = Path(sys.executable).with_name("rclone")
+        command = [rclone, "serve", "s3", f"--auth-key={ACCESS_KEY},{SECRET_KEY}", f"--addr=127.0.0.1:{self.port}"]
+        with (self.folder.parent / f"{self.folder.name}.log").open("a") as log:
+            self.process = subprocess.Popen([*command, self.folder], stdout=log, stderr=log)
+        _wait_until_up(self.process, self.port)
+
+    def kill(self) -> None:
+        """End the server by SIGKILL, whatever it is at."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
 
 
 @contextmanager
@@ -38,17 +53,14 @@ def serving(folder: Path) -> Iterator[S3Server]:
     (folder / BUCKET).mkdir(parents=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rclone = Path(sys.executable).with_name("rclone")
-    command = [rclone, "serve", "s3", f"--auth-key={ACCESS_KEY},{SECRET_KEY}", f"--addr=127.0.0.1:{port}", folder]
-    with (folder.parent / f"{folder.name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        server = S3Server(probe.getsockname()[1], folder)
     try:
-        _wait_until_up(process, port)
-        yield S3Server(port, folder)
+        server.start()
+        yield server
     finally:
-        process.terminate()
-        process.wait(10)
+        assert server.process is not None
+        server.process.terminate()
+        server.process.wait(10)
 
 
 def environment(url: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> dict[str, str]:

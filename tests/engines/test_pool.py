@@ -1,0 +1,32 @@
+"""What a pool gives its next engines; none is started here."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_replay.config import RunConfig
+from moe_replay.engines.pool import EnginePool
+from moe_replay.errors import ConfigError, OutOfMemory
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> EnginePool:
+    config = RunConfig()
+    return EnginePool(tmp_path, "weights", config.rollout, config.training, tmp_path)
+
+
+def test_micro_batches_halve_from_what_failed_down_to_the_longest_sequence(pool: EnginePool) -> None:
+    # The batch was smaller than what the config allows: less than that is what has to be less.
+    assert pool.take_smaller_micro_batches(OutOfMemory("a pass failed", 300), longest=40) == 150
+    assert pool.take_smaller_micro_batches(OutOfMemory("the engine failed"), longest=40) == 75
+    assert pool.take_smaller_micro_batches(OutOfMemory("a pass failed", 75), longest=40) == 40
+    with pytest.raises(
+        ConfigError, match=r"^a pass failed; no smaller micro-batch holds a sequence of up to 40 tokens"
+    ):
+        pool.take_smaller_micro_batches(OutOfMemory("a pass failed", 40), longest=40)
+
+
+def test_an_engine_that_can_hold_the_longest_sequence_alone_gets_no_less(pool: EnginePool) -> None:
+    with pytest.raises(ConfigError, match=re.escape("rollout.max_prompt_tokens + rollout.max_response_tokens")):
+        pool.take_smaller_micro_batches(OutOfMemory("the engine failed"), longest=8192)
