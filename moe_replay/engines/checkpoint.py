@@ -23,7 +23,6 @@ from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from moe_replay.archive.layout import MODEL_FOLDER
 from moe_replay.errors import ArchiveCorrupt
 
-"""Where verl's manager puts config and tokenizer; the weights lie beside them, so vLLM can load the folder."""
 OPTIMIZER_FOLDER = "optimizer"
 _SCALARS = "scalars.json"
 _SHARD_SIZE = "4GB"
@@ -55,9 +54,14 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
     ) -> None:
         """Restore optimizer and scheduler; the weights are loaded when the engine is built from `huggingface/`.
 
+        Moments and the position in the schedule are the checkpoint's. Learning rate, warm-up, betas and weight decay
+        stay those that the engine was built with: a fork may have been given others.
+
         Raises:
             ArchiveCorrupt: the state is not that of this model's parameters.
         """
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
+        base_lrs = self.lr_scheduler.base_lrs
         state, scheduler = _read_optimizer(Path(local_path) / OPTIMIZER_FOLDER)
         try:
             if state["param_groups"]:  # else it took no step
@@ -68,8 +72,15 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
                 f"the optimizer state in {local_path} covers {len(state['state'])} parameters and does not fit this "
                 f"model ({error}); resume with the model the run was started with"
             ) from error
-        self.lr_scheduler.load_state_dict(scheduler)
+        self.lr_scheduler.load_state_dict(scheduler | {"base_lrs": base_lrs})
+        factors = [factor(self.lr_scheduler.last_epoch) for factor in self.lr_scheduler.lr_lambdas]
+        for group, configured, base_lr, factor in zip(self._groups, settings, base_lrs, factors, strict=True):
+            group.update(configured | {"lr": base_lr * factor})
         torch.distributed.barrier()
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
 
 def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, Any]) -> None:

@@ -271,6 +271,27 @@ def test_a_checkpoint_of_a_model_that_took_no_step_goes_on_as_the_model_does(tra
             np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
+def test_a_checkpoint_goes_on_under_the_optimizers_settings_of_another_config(trainer, model, checkpoint, tmp_path):
+    folder, saved, _, _ = checkpoint
+    other = {"learning_rate": 4e-3, "warmup_steps": 8, "adam_betas": (0.7, 0.9), "weight_decay": 0.3}
+    trainer.open_model(model, make_config(other))
+    trainer.load(folder, "saved", True)
+    trainer.save(tmp_path / "again")
+    trainer.step(BATCH, foreign_routes())
+
+    before, after = optimizer_scalars(folder), optimizer_scalars(tmp_path / "again")
+    (group,) = after["param_groups"]
+    assert (group["lr"], group["initial_lr"]) == (4e-3 * 2 / 8, 4e-3)
+    assert (tuple(group["betas"]), group["weight_decay"]) == ((0.7, 0.9), 0.3)
+    assert after["scheduler"]["base_lrs"] == [4e-3]
+    assert after["scheduler"]["last_epoch"] == before["scheduler"]["last_epoch"] == 2
+    moments = "optimizer/optimizer.safetensors"
+    assert (tmp_path / "again" / moments).read_bytes() == (folder / moments).read_bytes()
+    # Adam's step is about as long as the learning rate, whatever the gradient's scale.
+    moved = max(float(np.abs(value - saved[name] * (1 - 1e-3 * 0.3)).max()) for name, value in trainer.weights().items())
+    assert moved < 3e-3
+
+
 def test_weights_alone_do_not_make_a_reload_exact(trainer, model, checkpoint):
     folder, _, _, expected = checkpoint
     trainer.open_model(model, WARMING_UP)
