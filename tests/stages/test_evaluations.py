@@ -10,7 +10,7 @@ from moe_replay.config import parse_as
 from moe_replay.engines.process import no_progress
 from moe_replay.errors import ConfigError
 from moe_replay.evaluations import EvaluationRequest, default_id, find_checkpoint, prepare_evaluation, settings_of
-from moe_replay.preparation import stored_config
+from moe_replay.plan import stored_config
 from moe_replay.stages.run import Run
 from moe_replay.tiny import EmbeddedAssets
 
