@@ -250,7 +250,6 @@ def test_status_shows_what_is_committed(command, run):
         (0, "rollout"): "committed",
         (0, "routes"): "committed",
         (0, "training"): "missing",
-        (0, "evaluation"): "missing",
     }
     assert all((row["bytes"] > 0) == (row["state"] == "committed") for row in shown["stages"])
     assert "committed" in command("status", "run-1", "--root", run.root).stdout

@@ -1,23 +1,17 @@
 """Entry point of the command line, and the commands that have no group."""
 
-import json
 import os
 import sys
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 
 from cyclopts import App
 from rich.markup import escape
-from rich.table import Table
 
-from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.claims import Claim, find_holder
-from moe_replay.archive.layout import EVALUATES_KEY
 from moe_replay.cli.alerts import install
 from moe_replay.cli.archive import inspect, verify
 from moe_replay.cli.compare import compare
-from moe_replay.cli.console import Json, Root, err, root_of
+from moe_replay.cli.console import err
 from moe_replay.cli.console import out as console
 from moe_replay.cli.counterfactual import counterfactual
 from moe_replay.cli.dashboard import dashboard
@@ -28,6 +22,7 @@ from moe_replay.cli.fork import fork
 from moe_replay.cli.gc import gc
 from moe_replay.cli.load import load
 from moe_replay.cli.predictor import fit, report
+from moe_replay.cli.status import status
 from moe_replay.cli.training import resume, run
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, ReplayError, StabilityAlarm
@@ -45,6 +40,7 @@ data = App(name="data", help="Make prompt files in verl's schema.")
 app.command(run)
 app.command(resume)
 app.command(fork)
+app.command(status)
 app.command(compare)
 app.command(evaluate)
 app.command(counterfactual)
@@ -78,64 +74,6 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)
-
-
-@app.command
-def status(run_id: str, *, root: Root = None, json_: Json = False) -> None:
-    """Show which stages of each iteration are committed and who runs the run, from storage alone.
-
-    Parameters
-    ----------
-    run_id
-        The run.
-    """
-    store = RunStore(root_of(root), run_id)
-    document = store.read_run()
-    method = document.get("config", {}).get("method", {})
-    stages = [stage for iteration in store.iterations() for stage in store.status(iteration)]
-    stages = [stage for stage in stages if stage.stage != "predictor" or method.get("predictor")]
-    if EVALUATES_KEY in document:
-        stages = [stage for stage in stages if stage.stage == "evaluation"]
-    holder = find_holder(store.folder)
-    if json_:
-        rows = [
-            {
-                "iteration": s.iteration,
-                "stage": s.stage,
-                "state": s.state,
-                "bytes": s.bytes,
-                "expired_bytes": s.expired_bytes,
-                "seconds": s.seconds,
-                "finished": s.finished.isoformat() if s.finished else None,
-            }
-            for s in stages
-        ]
-        print(json.dumps({"run_id": run_id, "root": root_of(root), "running": _running(holder), "stages": rows}))
-        return
-    table = Table(title=f"run {run_id}", title_justify="left")
-    for heading in ("iteration", "stage", "state", "bytes", "expired", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("stage", "state") else "right")
-    for s in stages:
-        seconds = "-" if s.seconds is None else f"{s.seconds:.2f}"
-        table.add_row(
-            str(s.iteration), s.stage, s.state, *(f"{n:,}" if n else "-" for n in (s.bytes, s.expired_bytes)), seconds
-        )
-    console.print(table)
-    if running := _running(holder):
-        told = "running: {host} pid {pid} since {since}, heartbeat {heartbeat_seconds_ago:.0f} s ago"
-        console.print(told.format(**running), highlight=False, markup=False, soft_wrap=True)
-
-
-def _running(holder: Claim | None) -> dict[str, str | int | float] | None:
-    """Who has the run; the age of the heartbeat is right as far as its clock and ours agree."""
-    if holder is None:
-        return None
-    return {
-        "host": holder.runner.host,
-        "pid": holder.runner.pid,
-        "since": holder.began.isoformat(timespec="seconds"),
-        "heartbeat_seconds_ago": max(0.0, (datetime.now(UTC) - holder.at).total_seconds()),
-    }
 
 
 @data.command(name="reasoning-gym")

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim.lr_scheduler import LambdaLR
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
 from moe_replay.archive.layout import MODEL_FOLDER
@@ -73,6 +74,8 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
                 f"model ({error}); resume with the model the run was started with"
             ) from error
         self.lr_scheduler.load_state_dict(scheduler | {"base_lrs": base_lrs})
+        # Each of verl's schedules multiplies the learning rate by a function of the step.
+        assert isinstance(self.lr_scheduler, LambdaLR)
         factors = [factor(self.lr_scheduler.last_epoch) for factor in self.lr_scheduler.lr_lambdas]
         for group, configured, base_lr, factor in zip(self._groups, settings, base_lrs, factors, strict=True):
             group.update(configured | {"lr": base_lr * factor})

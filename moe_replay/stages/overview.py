@@ -1,0 +1,74 @@
+"""A run at one moment: what is committed of it, who runs it, what is next; from storage alone."""
+
+from typing import Any, NamedTuple
+
+from moe_replay.archive.artifacts import RunStore, StageStatus
+from moe_replay.archive.claims import Claim, find_holder
+from moe_replay.archive.layout import EVALUATES_KEY, IMPORTS_KEY
+from moe_replay.archive.superseding import generation_of
+from moe_replay.plan import RunPlan
+from moe_replay.stages.completion import missing_stages
+from moe_replay.stages.decisions import Alarm, waiting_batch
+
+
+class RunOverview(NamedTuple):
+    """What `moe-replay status` shows."""
+
+    plan: RunPlan | None
+    """None of imported routes and of evaluations, which are never complete."""
+    stages: tuple[StageStatus, ...]
+    """By iteration and stage, those that the run has."""
+    runner: Claim | None
+    following: tuple[int, str] | None
+    """Iteration and stage that is made next; none of a complete run, or one that has no plan."""
+    alarm: Alarm | None
+    """Why the run waits for a decision."""
+    generation: int
+    """How often something of the run was superseded."""
+
+    @classmethod
+    def of(cls, store: RunStore, before: "RunOverview | None" = None) -> "RunOverview":
+        """Look at storage; iterations that were complete `before` are not looked at again.
+
+        Raises ConfigError when there is no such run, ArchiveCorrupt when its document or a commit is damaged.
+        """
+        document = store.read_run()
+        plan = None if {IMPORTS_KEY, EVALUATES_KEY}.intersection(document) else RunPlan.stored(store)
+        generation = generation_of(store)
+        known = before.settled() if before and before.generation == generation else {}
+        found = {n: known.get(n) or store.status(n) for n in store.iterations()}
+        following = _following(store, plan, found) if plan else None
+        batch = waiting_batch(store) if following and following[1] == "training" else None
+        alarm = batch.waiting() if batch else None
+        stages = [one for n, ours in found.items() for one in ours if _has(plan, document, n, one)]
+        return cls(plan, tuple(stages), find_holder(store.folder), following, alarm, generation)
+
+    def settled(self) -> dict[int, list[StageStatus]]:
+        """Stages of the iterations before the one at work, where nothing changes but by superseding."""
+        found: dict[int, list[StageStatus]] = {}
+        for one in self.stages:
+            if self.following and one.iteration < self.following[0]:
+                found.setdefault(one.iteration, []).append(one)
+        return found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to come."""
+        return self.plan is not None and self.following is None and self.runner is None
+
+
+def _has(plan: RunPlan | None, document: dict[str, Any], iteration: int, stage: StageStatus) -> bool:
+    """Whether a stage is one of the run's; what is committed always is."""
+    if stage.state == "committed":
+        return True
+    if plan is not None:
+        return iteration in plan.iterations and stage.stage in plan.stages(iteration)
+    return EVALUATES_KEY in document and stage.stage == "evaluation"
+
+
+def _following(store: RunStore, plan: RunPlan, found: dict[int, list[StageStatus]]) -> tuple[int, str] | None:
+    # A run is made in order, so that only its newest iteration can lack anything.
+    begun = [n for n, stages in found.items() if any(one.state == "committed" for one in stages)]
+    newest = begun[-1] if begun else plan.iterations.start
+    missing = [(n, missing_stages(store, plan, n)) for n in (newest, newest + 1) if n in plan.iterations]
+    return next(((n, stages[0]) for n, stages in missing if stages), None)

@@ -1,0 +1,84 @@
+"""What storage alone tells of a run at one moment."""
+
+import pytest
+from run_samples import CONFIG
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.layout import EVALUATES_KEY
+from moe_replay.archive.lease import holding
+from moe_replay.archive.superseding import made_from, supersede
+from moe_replay.errors import ConfigError
+from moe_replay.stages.overview import RunOverview
+
+STAGES = ("rollout", "routes", "training", "evaluation")
+
+
+@pytest.fixture
+def store(tmp_path) -> RunStore:
+    """A run of two iterations with nothing committed."""
+    store = RunStore(str(tmp_path), "run-1")
+    store.create_run({"config": {**CONFIG, "iterations": 2}})
+    return store
+
+
+def commit(store: RunStore, iteration: int, *stages: str) -> None:
+    for stage in stages:
+        inputs = {}
+        if stage != "rollout" and (rollout := store.commit_of("rollout", iteration)):
+            inputs["rollout"] = rollout
+        store.begin(stage, iteration, inputs, "d").commit()
+
+
+def test_the_next_stage_is_the_first_that_is_not_committed(store):
+    assert RunOverview.of(store).following == (0, "rollout")
+    for iteration in (0, 1):
+        for stage in STAGES:
+            assert RunOverview.of(store).following == (iteration, stage)
+            commit(store, iteration, stage)
+    seen = RunOverview.of(store)
+    assert (seen.following, seen.is_over, len(seen.stages)) == (None, True, 8)
+
+
+def test_stages_that_the_run_has_not_are_not_shown(store):
+    commit(store, 0, "rollout")
+    assert [(one.stage, one.state) for one in RunOverview.of(store).stages] == [
+        ("rollout", "committed"),
+        ("routes", "missing"),
+        ("training", "missing"),
+        ("evaluation", "missing"),
+    ]
+
+
+def test_a_run_that_somebody_works_on_is_not_over(store):
+    commit(store, 0, *STAGES)
+    commit(store, 1, *STAGES)
+    with holding(store.folder, print):
+        seen = RunOverview.of(store)
+        assert (seen.following, seen.is_over) == (None, False)
+    assert RunOverview.of(store).is_over
+
+
+def test_looking_again_reads_what_changed_and_sees_what_was_superseded(store):
+    commit(store, 0, *STAGES)
+    commit(store, 1, "rollout")
+    before = RunOverview.of(store)
+    assert set(before.settled()) == {0}
+    commit(store, 1, "routes")
+    assert RunOverview.of(store, before) == RunOverview.of(store)
+    supersede(store, made_from(store, "evaluation", 0))
+    assert RunOverview.of(store, before) == RunOverview.of(store)
+    assert [one.state for one in RunOverview.of(store, before).stages][:4] == ["committed"] * 3 + ["missing"]
+
+
+def test_an_evaluation_has_its_scores_alone_and_no_end(tmp_path):
+    store = RunStore(str(tmp_path), "scores")
+    store.create_run({EVALUATES_KEY: {"subject": "run-1"}})
+    commit(store, 3, "evaluation")
+    seen = RunOverview.of(store)
+    assert [(one.iteration, one.stage) for one in seen.stages] == [(3, "evaluation")]
+    assert (seen.plan, seen.following, seen.is_over) == (None, None, False)
+
+
+def test_a_run_that_does_not_exist_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="there is no run"):
+        RunOverview.of(RunStore(str(tmp_path), "nothing"))

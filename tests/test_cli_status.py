@@ -1,0 +1,70 @@
+"""`moe-replay status --watch`, beside a run that goes on."""
+
+import json
+import threading
+import time
+
+import pytest
+from run_samples import CONFIG
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.lease import holding
+from moe_replay.cli import status as module
+from moe_replay.cli.app import app
+
+STAGES = ("rollout", "routes", "training", "evaluation")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> RunStore:
+    monkeypatch.setattr(module, "_LOOK_AGAIN_SECONDS", 0.01)
+    store = RunStore(str(tmp_path), "run-1")
+    store.create_run({"config": {**CONFIG, "iterations": 2}})
+    return store
+
+
+def watch(store: RunStore, *words: str) -> None:
+    """Watch a run that is made meanwhile, each stage as soon as the one before can have been seen."""
+
+    def work() -> None:
+        with holding(store.folder, print):
+            for iteration in (0, 1):
+                for stage in STAGES:
+                    time.sleep(0.1)
+                    store.begin(stage, iteration, {}, "d").commit()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    app(
+        ["status", "run-1", f"--root={store.folder.name.rpartition('/')[0]}", "--watch", *words],
+        result_action="return_value",
+    )
+    worker.join()
+
+
+def test_a_log_gets_a_line_for_each_stage_and_what_changes_beside(store, capsys):
+    watch(store)
+    said = capsys.readouterr().out.splitlines()
+    told = [line.partition(" committed")[0] for line in said if " committed" in line]
+    assert told == [f"iteration {n}: {stage}" for n in (0, 1) for stage in STAGES]
+    assert said[-1] == "complete: all of 2 iterations"
+    assert sum(line.startswith("running: ") for line in said) == 1
+
+
+def test_a_program_gets_an_object_for_each_change(store, capsys):
+    watch(store, "--json")
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    numbers = [sum(stage["state"] == "committed" for stage in one["stages"]) for one in said]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == 8
+    assert (said[-1]["next"], said[-1]["running"]) == (None, None)
+    assert all(one != two for one, two in zip(said, said[1:], strict=False))
+
+
+def test_a_run_that_nobody_works_on_says_how_to_go_on(store, capsys):
+    store.begin("rollout", 0, {}, "d").commit()
+    root = store.folder.name.rpartition("/")[0]
+    app(["status", "run-1", f"--root={root}"], result_action="return_value")
+    said = capsys.readouterr().out
+    assert "next: routes of iteration 0, of 2 iterations; " in said
+    assert f"resume run-1 --root {root}" in said.replace("\n", "")
