@@ -23,6 +23,14 @@ def store(tmp_path, monkeypatch) -> RunStore:
     return store
 
 
+def root_of(store: RunStore) -> str:
+    return store.folder.name.rpartition("/")[0]
+
+
+def look(store: RunStore, *words: str) -> None:
+    app(["status", "run-1", "--root", root_of(store), *words], result_action="return_value")
+
+
 def watch(store: RunStore, *words: str) -> None:
     """Watch a run that is made meanwhile, each stage as soon as the one before can have been seen."""
 
@@ -63,8 +71,7 @@ def test_a_program_gets_an_object_for_each_change(store, capsys):
 
 def test_a_run_that_nobody_works_on_says_how_to_go_on(store, capsys):
     store.begin("rollout", 0, {}, "d").commit()
-    root = store.folder.name.rpartition("/")[0]
-    app(["status", "run-1", f"--root={root}"], result_action="return_value")
+    look(store)
     said = capsys.readouterr().out
     assert "next: routes of iteration 0, of 2 iterations; " in said
-    assert f"resume run-1 --root {root}" in said.replace("\n", "")
+    assert f"resume run-1 --root {root_of(store)}\n" in said
