@@ -38,6 +38,8 @@ def set_defaults() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
+        # Standard output is for what a command says.
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "NO_PROXY": "127.0.0.1,localhost",

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one home with the embedded model for the whole session."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-seed", type=int, default=None, help="repeats the kills of that seed; else it is drawn")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+# Before any test is collected: Prefect, which flows import, looks for its home once.
+_home = tempfile.TemporaryDirectory(prefix="moe-replay-home-", ignore_cleanup_errors=True)
+os.environ["MOE_REPLAY_HOME"] = _home.name
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.pop("MOE_REPLAY_ROOT", None)
+set_defaults()
+
+
+@pytest.fixture(scope="session")
+def home() -> Path:
     """MOE_REPLAY_HOME of this session; all state that tests make lies under it."""
-    folder = tmp_path_factory.mktemp("home")
-    os.environ["MOE_REPLAY_HOME"] = str(folder)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.pop("MOE_REPLAY_ROOT", None)
-    set_defaults()
-    return folder
+    return Path(_home.name)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 from run_samples import CONFIG
@@ -66,7 +67,7 @@ def test_a_program_gets_an_object_for_each_change(store, capsys):
     assert numbers == sorted(numbers)
     assert numbers[-1] == 8
     assert (said[-1]["next"], said[-1]["running"]) == (None, None)
-    assert all(one != two for one, two in zip(said, said[1:], strict=False))
+    assert all(one != two for one, two in pairwise(said))
 
 
 def test_a_run_that_nobody_works_on_says_how_to_go_on(store, capsys):

@@ -21,8 +21,14 @@ from moe_replay.routing.metrics import (
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "methods.md"
 REPORTS = ROOT / "moe_replay" / "reports"
-SOURCES = [ROOT / "moe_replay" / "routing" / "metrics.py", REPORTS / "results.py", REPORTS / "predictor_report.py"]
-GROUPS = ("mismatch", "routing", "predictor", "policy", "reward", "response", "eval", "archive", "time")
+PACKAGE = ROOT / "moe_replay"
+SOURCES = [
+    PACKAGE / "alarm.py",
+    PACKAGE / "routing" / "metrics.py",
+    REPORTS / "results.py",
+    REPORTS / "predictor_report.py",
+]
+GROUPS = ("alarm", "mismatch", "routing", "predictor", "policy", "reward", "response", "eval", "archive", "time")
 
 
 def routes(num_tokens: int, num_layers: int, num_experts: int, top_k: int, seed: int) -> torch.Tensor:
@@ -149,7 +155,7 @@ def documented_keys() -> set[str]:
 def logged_keys() -> set[str]:
     """Metric keys in the code of stages, metrics and results: whole literals, with a `*` for what is filled in."""
     keys = set()
-    for path in [*SOURCES, *(ROOT / "moe_replay" / "stages").glob("*.py")]:
+    for path in [*SOURCES, *(PACKAGE / "stages").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             text = re.sub(r"\{.*?\}", "*", ast.unparse(node).removeprefix("f")[1:-1]) if _is_text(node) else ""
             if re.fullmatch(rf"({'|'.join(GROUPS)})/[a-z0-9_/*]*[a-z0-9*]", text):
