@@ -10,7 +10,7 @@ from tasks.failures import LOGGED_FAILURES
 from tasks.naming import evaluation_name
 from tasks.preparation import prepare_evaluation
 from tasks.stages import configured, evaluate_policy
-from tasks.tracking import track_evaluation
+from tasks.tracking.steps import track_evaluation
 
 
 class Evaluated(NamedTuple):

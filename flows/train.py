@@ -16,7 +16,7 @@ from tasks.naming import own_run_id, training_name
 from tasks.preparation import prepared_run
 from tasks.reporting import report_results
 from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts
-from tasks.tracking import close_tracking, open_tracking, recording_system_metrics, track_iteration
+from tasks.tracking.steps import close_tracking, open_tracking, recording_system_metrics, track_iteration
 
 
 class Learned(NamedTuple):

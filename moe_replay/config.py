@@ -340,10 +340,7 @@ def parse_as(schema: type[AConfig], document: dict[str, Any]) -> AConfig:
 
 def overridden(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
     """The config with dotted overrides laid over it; raises ConfigError as `load_config`."""
-    document = config.model_dump(mode="json")
-    for key, value in overrides.items():
-        _override(document, key, value)
-    return parse_config(document)
+    return parse_config(document_with(overrides, config.model_dump(mode="json")))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

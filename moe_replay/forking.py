@@ -1,5 +1,7 @@
 """Forking a run: another goes on from what it committed before an iteration, under settings that may differ."""
 
+from itertools import chain, islice
+
 from moe_replay.archive.artifacts import Artifact, ArtifactRef, RunStore
 from moe_replay.config import RunConfig, run_root
 from moe_replay.engines.process import Progress
@@ -93,10 +95,11 @@ def _trainings(source: RunStore, plan: RunPlan, iteration: int, config: RunConfi
     """What predictors of the new run are fitted from besides its own trainings."""
     if not (config.method.predictor and plan.config.records_evolution):
         return ()
-    own = [source.committed("training", n) for n in range(iteration - 1, plan.iterations.start - 1, -1)]
-    refs = [_from_elsewhere(training) for training in own if training is not None]
+    own = (source.committed("training", n) for n in range(iteration - 1, plan.iterations.start - 1, -1))
     before = plan.forked_from.trainings if plan.forked_from else ()
-    return (*refs, *before)[: config.predictor.window]
+    refs = (_from_elsewhere(training) for training in own if training is not None)
+    # Commits that no fit reaches are not read.
+    return tuple(islice(chain(refs, before), config.predictor.window))
 
 
 def _from_elsewhere(artifact: Artifact) -> ArtifactRef:

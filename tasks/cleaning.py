@@ -7,7 +7,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.archive import cleaning
-from moe_replay.archive.retention import Findings
+from moe_replay.archive.removal import Findings
 from tasks.retry import is_transient
 
 ARTIFACT_KEY = "archive-gc"

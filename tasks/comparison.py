@@ -10,7 +10,7 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.config import RunConfig, home_folder, run_root
 from tasks.progress import artifact_key
 from tasks.retry import is_transient
-from tasks.tracking import file_report
+from tasks.tracking.steps import file_report
 
 
 @task(

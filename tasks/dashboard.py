@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from moe_replay.reports.runs import RunReader
 from moe_replay.stages.run import Run
-from tasks.tracking import file_figures
+from tasks.tracking.steps import file_figures
 
 if TYPE_CHECKING:
     from moe_replay.reports.predictor_report import PredictorReport

@@ -11,7 +11,7 @@ from prefect.logging.handlers import APILogHandler
 from moe_replay.archive.layout import STAGES
 from moe_replay.stages.run import Run, as_argument
 from tasks.progress import artifact_key
-from tasks.tracking_server import run_page
+from tasks.tracking.server import run_page
 
 ResultListener = Callable[[str, int, dict[str, float]], None]
 """Called with (run id, iteration, its metrics)."""

@@ -18,6 +18,10 @@ Quiet = Annotated[
     bool, Parameter(name="--quiet", negative="", help="Print the name of what was made and errors, nothing else.")
 ]
 Root = Annotated[str | None, Parameter(name="--root", help="fsspec URL under which runs lie.")]
+Settings = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative="", help="A setting as key=value with a dotted key; may be repeated."),
+]
 
 out = Console()
 """Standard output, for results."""

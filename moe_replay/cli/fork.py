@@ -8,8 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
-from moe_replay.cli.training import Settings
+from moe_replay.cli.console import Json, Root, Settings, command_name, err, out, root_of
 from moe_replay.config import overridden, parse_override
 
 

@@ -121,7 +121,7 @@ def _run_flow(
 def _done_already(run: Run, display: RunDisplay) -> dict[str, str] | None:
     """Show what a complete run achieved, where MLflow has all of it too; none where the flow has to see to that."""
     from moe_replay.reports.results import iteration_metrics
-    from tasks.tracking import finished_run
+    from tasks.tracking.steps import finished_run
 
     if (tracked := finished_run(run)) is None:
         return None

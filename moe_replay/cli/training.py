@@ -9,15 +9,11 @@ from cyclopts import Parameter
 
 from moe_replay.alarm import Action
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.cli.console import Json, Quiet, Root, root_of
+from moe_replay.cli.console import Json, Quiet, Root, Settings, root_of
 from moe_replay.cli.running import holding_from_here, train_here
 from moe_replay.config import RunConfig, load_config, overridden, parse_override
 from moe_replay.errors import ConfigError
 
-Settings = Annotated[
-    list[str] | None,
-    Parameter(name="--set", negative="", help="A setting as key=value with a dotted key; may be repeated."),
-]
 AllowConfigChange = Annotated[
     list[str] | None,
     Parameter(

@@ -19,9 +19,9 @@ from moe_replay.evaluations import Evaluation
 from moe_replay.reports.results import iteration_metrics
 from moe_replay.stages.decisions import actions_in
 from moe_replay.stages.run import Run
-from tasks.lineage import dataset_digest, log_checkpoint, log_data
+from tasks.lease import require_lease
 from tasks.retry import is_transient
-from tasks.tracked_run import (
+from tasks.tracking.identity import (
     COMPARISON,
     ITERATIONS,
     RUN_KEY,
@@ -33,7 +33,8 @@ from tasks.tracked_run import (
     log_settings,
     tell_attempt,
 )
-from tasks.tracking_server import client_of, errors_translated, experiment_of, tracking_uri
+from tasks.tracking.lineage import dataset_digest, log_checkpoint, log_data
+from tasks.tracking.server import client_of, errors_translated, experiment_of, tracking_uri
 
 EVALUATION_OF = "moe_replay.evaluation_of"
 """Tag of an evaluation's MLflow run: the training run, or the model, that it is of."""
@@ -73,12 +74,15 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
 
     metrics = iteration_metrics(run.store(), iteration)
     client = client_of(run.home)
-    logged = iterations_logged(client.get_run(mlflow_run_id))
+    tracked = client.get_run(mlflow_run_id)
+    logged = iterations_logged(tracked)
     evaluated = any(name.startswith(_EVALUATION) for name in metrics)
     model_id = log_checkpoint(client, run, mlflow_run_id, iteration) if evaluated and iteration >= logged - 1 else None
     points = _points(run, iteration, metrics, model_id)
     if iteration >= logged:
-        tags = [RunTag(ITERATIONS, str(iteration + 1)), *_decision_tags(run, iteration, metrics)]
+        tags = [RunTag(ITERATIONS, str(iteration + 1)), *_decision_tags(run, iteration, metrics, tracked)]
+        # Else what another runner logged meanwhile would be there twice.
+        require_lease(run)
         client.log_batch(mlflow_run_id, metrics=points, tags=tags)
     elif iteration == logged - 1:
         # Where fewer iterations are asked for than at first, the last is evaluated after it was logged.
@@ -87,15 +91,15 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
     return metrics
 
 
-def _decision_tags(run: Run, iteration: int, metrics: dict[str, float]) -> list[Any]:
-    """By iteration up to this one, what was decided on the stability alarm; nothing where this one raised none."""
+def _decision_tags(run: Run, iteration: int, metrics: dict[str, float], tracked: Any) -> list[Any]:
+    """What was decided on the stability alarm so far, with this iteration's; nothing where this one raised none."""
     from mlflow.entities import RunTag
 
-    if ALARM_METRIC not in metrics:
+    training = run.store().committed("training", iteration) if ALARM_METRIC in metrics else None
+    if training is None:
         return []
-    found = {n: run.store().committed("training", n) for n in range(iteration + 1)}
-    told = {n: actions_in(training) for n, training in found.items() if training is not None}
-    return [RunTag(_DECISIONS, "; ".join(f"{n}: {', '.join(actions)}" for n, actions in told.items() if actions))]
+    told = [tracked.data.tags.get(_DECISIONS), f"{iteration}: {', '.join(actions_in(training))}"]
+    return [RunTag(_DECISIONS, "; ".join(filter(None, told)))]
 
 
 @task(
@@ -186,8 +190,12 @@ def file_report(config: RunConfig, comparison: str, folder: Path) -> None:
 
 @task(name="close tracking", cache_policy=NO_CACHE)
 def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
-    """Mark the MLflow run finished or failed; what MLflow raises is only logged, the run itself has ended."""
+    """Mark the MLflow run finished or failed; what MLflow raises is only logged, the run itself has ended.
+
+    It stays as it is where another runner took the run over.
+    """
     try:
+        require_lease(run)
         client_of(run.home).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
     except Exception as error:
         get_run_logger().warning("MLflow run %s could not be closed (%s)", mlflow_run_id, type(error).__name__)
