@@ -76,7 +76,7 @@ def _run_flow(
     from moe_replay.preparation import prepare
     from tasks.engines import engines_of
     from tasks.progress import listening
-    from tasks.reporting import flush_logs, hearing_results
+    from tasks.reporting import hearing_results
     from tasks.stability import hearing_alarms
 
     title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
@@ -99,23 +99,30 @@ def _run_flow(
                 elif done := _done_already(ready, display):
                     return done
                 display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
-                from flows.train import train
-
-                wait_for_prefect()
-                try:
-                    return train(config, run_id, allow_config_change)
-                finally:
-                    flush_logs()
+                return _call_flow(config, run_id, allow_config_change, wait_for_prefect)
         except KeyboardInterrupt:
             go_on = f"stopped; what is committed stays: {command_name()} resume {as_argument(config, run_id)}"
             err.print(go_on, highlight=False, markup=False, soft_wrap=True)
             raise
-        except TimeoutError as error:
-            raise EngineLost(
-                f"a stage took longer than stages.timeout_seconds = {config.stages.timeout_seconds:g} in each of "
-                f"{config.stages.retries + 1} attempts; raise the limit, then: {command_name()} "
-                f"resume {as_argument(config, run_id)}"
-            ) from error
+
+
+def _call_flow(
+    config: RunConfig, run_id: str, allow_config_change: list[str], wait_for_prefect: Callable[[], None]
+) -> dict[str, str]:
+    from flows.train import train
+    from tasks.reporting import flush_logs
+
+    wait_for_prefect()
+    try:
+        return train(config, run_id, allow_config_change)
+    except TimeoutError as error:
+        raise EngineLost(
+            f"a stage took longer than stages.timeout_seconds = {config.stages.timeout_seconds:g} in each of "
+            f"{config.stages.retries + 1} attempts; raise the limit, then: {command_name()} "
+            f"resume {as_argument(config, run_id)}"
+        ) from error
+    finally:
+        flush_logs()
 
 
 def _done_already(run: Run, display: RunDisplay) -> dict[str, str] | None:
