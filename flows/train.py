@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from prefect import flow
+from prefect.utilities.annotations import quote
 
 from flows.stability import train_watched
 from moe_replay.archive.commits import ArtifactRef
@@ -55,7 +56,8 @@ def train(
             with recording_system_metrics(run, tracked), refreshing_dashboard(run, tracked) as refresh:
                 for n in run.plan.iterations:
                     learned, results[n] = iterate(run, n, learned, tracked)
-                    report_results(run, results, tracked)
+                    # Quoted, or the graph would join every iteration with every later report.
+                    report_results(run, quote(results), tracked)
                     refresh(n)
             succeeded = True
         finally:

@@ -14,7 +14,9 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 _CHROMIUM, _DRIVER = "chromium", "chromedriver"
 _OPTIONS = (
@@ -29,8 +31,8 @@ _OPTIONS = (
     "--no-first-run",
 )
 _WAIT_SECONDS = 60.0
-_COLUMNS = ("params.`method`", "params.`kappa`", "params.`seed`", "metrics.`mismatch/kl_k3`")
-_WITHOUT_OVERLAYS = ".modebar, [class*='assistant-fab'] { display: none !important }"
+_COLUMNS = ("attributes.`Dataset`", "params.`method`", "params.`kappa`", "params.`seed`", "metrics.`mismatch/kl_k3`")
+_WITHOUT_OVERLAYS = ".modebar, [data-assistant-ui] { display: none !important }"
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,18 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Click on what bears this text."""
-        found = self._driver.find_elements(By.XPATH, f"//*[normalize-space(text())={json.dumps(text)}]")
+        bears = f"normalize-space(.)={json.dumps(text)}"
+        found = self._driver.find_elements(By.XPATH, f"//*[{bears} and not(*[{bears}])]")
         next(element for element in found if element.is_displayed()).click()
+
+    def choose(self, number: int, *texts: str) -> None:
+        """Choose these in the page's list of that number, each by writing its name."""
+        field = self._driver.find_elements(By.CSS_SELECTOR, "[class$='select-selector']")[number]
+        ActionChains(self._driver).click(field).perform()
+        for text in texts:
+            # The list follows what is written.
+            ActionChains(self._driver).send_keys(text).pause(0.5).send_keys(Keys.ENTER).pause(0.5).perform()
+        ActionChains(self._driver).send_keys(Keys.ESCAPE).perform()
 
     def target(self, text: str) -> str:
         """Where the link of this text leads."""

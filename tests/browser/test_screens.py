@@ -49,8 +49,13 @@ def test_parallel_coordinates_join_method_kappa_seed_and_results(browser: Browse
     wanted = json.dumps([tracked[name].info.run_id for name in RUNS])
     experiments = json.dumps([tracked["demo"].info.experiment_id])
     told = browser.open(f"{browser.shown.mlflow}/#/compare-runs?runs={wanted}&experiments={experiments}", *RUNS)
-    browser.screenshot("mlflow-compare")
     assert "Parallel Coordinates Plot" in told
+    browser.click("Clear All")
+    browser.choose(0, "method.name", "kappa", "seed")
+    browser.choose(1, "mismatch/kl_k3")
+    told = browser.wait_for("kappa", "seed", "mismatch/kl_k3")
+    browser.screenshot("mlflow-compare")
+    assert told.index("method.name") < told.index("grpo\nr3") < told.index("mismatch/kl_k3\n")
 
 
 def test_a_runs_page_leads_to_its_artifacts_and_to_prefect(browser: Browser, tracked: dict[str, Any]) -> None:
@@ -68,7 +73,7 @@ def test_a_runs_page_leads_to_its_artifacts_and_to_prefect(browser: Browser, tra
 
 def test_checkpoints_are_models_with_their_evaluation(browser: Browser, tracked: dict[str, Any]) -> None:
     page = f"{experiment_page(browser, tracked)}/models"
-    told = browser.open(page, "demo-r3-s1-00005", "eval/addition/avg_at_n", "sha256", width=2300, height=1000)
+    told = browser.open(page, "demo-r3-s1-00005", "eval/addition/avg_at_n", "method", width=2300, height=1000)
     browser.screenshot("mlflow-models")
     assert re.search(r"Dataset: addition|addition \(#", told)
 
@@ -107,11 +112,11 @@ def test_artifacts_hold_results_and_durations_and_lead_to_mlflow_and_storage(
 def newest_artifact(browser: Browser, key: str) -> str:
     """Address of an artifact's newest version."""
     (found,) = post(f"{browser.shown.prefect}/api/artifacts/latest/filter", {"artifacts": {"key": {"any_": [key]}}})
-    return f"{browser.shown.prefect}/artifacts/artifact/{found['id']}"
+    return f"{browser.shown.prefect}/artifacts/artifact/{found['latest_id']}"
 
 
 def test_a_failure_names_its_stage_and_reason_in_both(browser: Browser, tracked: dict[str, Any]) -> None:
-    told = browser.open(flow_run(browser, tracked, "broken"), "Failed", "model.safetensors was altered", height=1000)
+    told = browser.open(flow_run(browser, tracked, "broken"), "Failed", "model.safetensors was altered", height=1400)
     browser.screenshot("prefect-failure")
     assert "train-demo-r3-s0" in told
     page = f"{experiment_page(browser, tracked)}/runs/{tracked['broken'].info.run_id}"
