@@ -18,6 +18,7 @@ from moe_replay.data.rewards import require_known_sources
 from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
+from moe_replay.holding import require_lease
 from moe_replay.plan import FORK_KEY, ForkPoint, RunPlan
 from moe_replay.stages.run import DataFile, Run
 from moe_replay.tokenization import encode_prompt
@@ -221,6 +222,8 @@ def _create(run: Run, allow_config_change: Sequence[str]) -> Run:
         changed = changed_document(store, run.config, benchmarks_sha256, allow_config_change)
         # The configs were compared as this version reads them; an older one may have known fewer keys.
         kept = {key: changed[key] for key in ("config", FORK_KEY) if key in changed}
+        # Model and data may have taken long to fetch, and another runner have taken over meanwhile.
+        require_lease(store)
         store.reopen_run({**identity, **kept}, changed)
     else:
         if run.forked_from:

@@ -9,10 +9,10 @@ from prefect.cache_policies import NO_CACHE
 from moe_replay import evaluations
 from moe_replay.config import RunConfig
 from moe_replay.evaluations import Evaluation, EvaluationRequest
+from moe_replay.holding import holding_run
 from moe_replay.preparation import prepare
 from moe_replay.stages.run import Run
 from tasks.events import telling_stage
-from tasks.lease import holding_run
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
 

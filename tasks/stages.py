@@ -14,11 +14,11 @@ from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import StagesConfig
 from moe_replay.engines.pool import EnginePool
 from moe_replay.errors import OutOfMemory, StabilityAlarm
+from moe_replay.holding import require_lease
 from moe_replay.interrupts import raise_lost_interrupt
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
 from tasks.events import telling_stage
-from tasks.lease import require_lease
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
 
@@ -104,7 +104,7 @@ def _on_engine(
         process = pool.rollout() if engine == "rollout" else pool.training()
         progress = StageProgress(run.run_id, stage, iteration)
         # An engine may have been built for minutes.
-        require_lease(run)
+        require_lease(run.store())
         try:
             made = process.call(f"moe_replay.stages.{function}", progress, run, iteration, *inputs.values())
         except StabilityAlarm:
@@ -143,14 +143,14 @@ def _unless_committed(
     run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], work: Callable[[], ArtifactRef]
 ) -> ArtifactRef:
     raise_lost_interrupt()
-    require_lease(run)
+    require_lease(run.store())
     found = run.find(stage, iteration, inputs)
     if found is not None:
         get_run_logger().info("%s of iteration %d is committed already, skipped", stage, iteration)
         return found
     # Reading the commit may have taken long, and so does the work.
-    require_lease(run)
+    require_lease(run.store())
     with telling_stage(run.run_id, stage, iteration):
         made = work()
-    require_lease(run)
+    require_lease(run.store())
     return made

@@ -13,6 +13,7 @@ from moe_replay.config import RunConfig
 from moe_replay.display import RunDisplay
 from moe_replay.environment import make_home
 from moe_replay.errors import EngineLost
+from moe_replay.holding import holding_run
 from moe_replay.interrupts import interruptible
 from moe_replay.stages.run import Run, as_argument
 
@@ -20,7 +21,6 @@ from moe_replay.stages.run import Run, as_argument
 @contextmanager
 def holding_from_here(config: RunConfig, run_id: str) -> Iterator[None]:
     """Keep other runners from the run, and say so where that takes a while. Raises RunInUse when one works on it."""
-    from tasks.lease import holding_run
 
     def tell(what: str) -> None:
         err.print(what, highlight=False, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.superseding import made_from, require_remakeable, supersede
 from moe_replay.cli.console import err
 from moe_replay.errors import ConfigError
+from moe_replay.holding import require_lease
 from moe_replay.plan import RunPlan
 
 
@@ -34,6 +35,8 @@ def supersede_from(store: RunStore, stage: str, iteration: int, agreed: bool) ->
         _say("go on? [y/N] ", end="")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise ConfigError("not confirmed, so nothing was superseded; --yes answers beforehand")
+    # The answer may have taken so long that another runner went on.
+    require_lease(store)
     supersede(store, found)
 
 

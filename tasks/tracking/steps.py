@@ -16,10 +16,10 @@ from moe_replay.alarm import ALARM_METRIC
 from moe_replay.config import RunConfig, home_folder
 from moe_replay.errors import TrackingUnavailable
 from moe_replay.evaluations import Evaluation
+from moe_replay.holding import require_lease
 from moe_replay.reports.results import iteration_metrics
 from moe_replay.stages.decisions import actions_in
 from moe_replay.stages.run import Run
-from tasks.lease import require_lease
 from tasks.retry import is_transient
 from tasks.tracking.identity import (
     COMPARISON,
@@ -82,7 +82,7 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
     if iteration >= logged:
         tags = [RunTag(ITERATIONS, str(iteration + 1)), *_decision_tags(run, iteration, metrics, tracked)]
         # Else what another runner logged meanwhile would be there twice.
-        require_lease(run)
+        require_lease(run.store())
         client.log_batch(mlflow_run_id, metrics=points, tags=tags)
     elif iteration == logged - 1:
         # Where fewer iterations are asked for than at first, the last is evaluated after it was logged.
@@ -195,7 +195,7 @@ def close_tracking(run: Run, mlflow_run_id: str, succeeded: bool) -> None:
     It stays as it is where another runner took the run over.
     """
     try:
-        require_lease(run)
+        require_lease(run.store())
         client_of(run.home).set_terminated(mlflow_run_id, "FINISHED" if succeeded else "FAILED")
     except Exception as error:
         get_run_logger().warning("MLflow run %s could not be closed (%s)", mlflow_run_id, type(error).__name__)

@@ -1,6 +1,6 @@
 """The lease of the run that this process works on: one runner at a time, see `moe_replay.archive.lease`.
 
-Imports nothing of Prefect, so that the command line can refuse a second runner before it starts anything.
+A command takes it before it starts anything, so that a second runner is refused at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.lease import Lease, holding
 from moe_replay.config import RunConfig, run_root
-from moe_replay.stages.run import Run
 
 _leases: dict[str, Lease] = {}
 """By the run's URL. Tasks may run in other threads than their flow."""
@@ -39,7 +38,7 @@ def holding_run(config: RunConfig, run_id: str, tell: Callable[[str], None]) -> 
             del _leases[store.name]
 
 
-def require_lease(run: Run) -> None:
+def require_lease(store: RunStore) -> None:
     """Raise LeaseLost when another runner took the run over; nothing where this process holds none, as a Ray node."""
-    if lease := _leases.get(run.store().name):
+    if lease := _leases.get(store.name):
         lease.require()
