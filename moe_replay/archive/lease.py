@@ -103,11 +103,13 @@ class Lease:
         Asks storage only after a silence. Raises StorageUnavailable when that does not answer in time to tell.
         """
         with self._lock:
-            if self._is_stale():
+            was_stale = self._is_stale()
+            if was_stale:
                 self._renew()
             if self._lost is not None:
                 raise LeaseLost(self._lost)
-            if self._is_stale():
+            # Whoever is stopped after the first look might as well be stopped after this call.
+            if was_stale and self._is_stale():
                 raise self._too_slow()
 
     def release(self) -> None:
