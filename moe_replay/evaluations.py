@@ -27,6 +27,7 @@ from moe_replay.config import (
 )
 from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
+from moe_replay.holding import require_lease
 from moe_replay.plan import stored_config
 from moe_replay.preparation import check_inputs, package_versions, run_with_inputs
 from moe_replay.settings import Config
@@ -129,6 +130,8 @@ def prepare_evaluation(request: EvaluationRequest, evaluation_id: str | None, pr
     run = run_with_inputs(found.config, found.store.run_id, progress)
     if found.training is not None:
         _require_its_model(found.training, run)
+    # Model and benchmarks may have taken long to fetch, and another runner have taken over meanwhile.
+    require_lease(found.store)
     _create(run, found)
     return Evaluation(run, found.iteration, found.checkpoint or run.initial_policy, found.subject)
 
