@@ -20,6 +20,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from infra.foreign_settings import FORGET_IN_SHELL, forget_foreign_settings
 from infra.stack_state import Stack, folder, read, save, stack_of, write_secret
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, EngineLost, ReplayError
@@ -31,8 +32,6 @@ _REPOSITORY = Path(__file__).parents[1]
 _PORTS = {"s3": 9000, "prefect": 4200, "mlflow": 5000, "worker": 4201}
 """In the order of starting; stopping goes from the worker, who still has to tell how its runs ended, to the store."""
 _STOPPING = ("worker", "prefect", "mlflow", "s3")
-_OURS_ALONE = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "PREFECT_API_URL", "MLFLOW_TRACKING_URI", "MOE_REPLAY_ROOT")
-"""What a user's shell may name is not what the stack's own processes are to use."""
 
 app = App(
     name="python -m infra.stack", help="The local stack, as processes on loopback.", suppress_keyboard_interrupt=False
@@ -130,8 +129,7 @@ def _start(home: Path, stack: Stack, missing: list[str]) -> None:
             if "prefect" in running:
                 wait_until_healthy(servers["prefect"], running["prefect"], logs)
             _create_work_pool(servers["prefect"])
-        environment = {key: value for key, value in os.environ.items() if key not in _OURS_ALONE}
-        running[name] = servers[name].start(logs, environment | stack.marked(name))
+        running[name] = servers[name].start(logs, os.environ | stack.marked(name))
         stack.pids[name] = running[name].pid
         save(home, stack)
     if "prefect" in running:
@@ -235,7 +233,7 @@ def _register_deployments(home: Path, stack: Stack, log: Path) -> None:
 def _tell(home: Path, stack: Stack) -> None:
     """Write the environment of clients to a file and say what there is."""
     variables = client_environment(home, stack)
-    lines = ["unset AWS_PROFILE AWS_SESSION_TOKEN", *(f"export {k}={shlex.quote(v)}" for k, v in variables.items())]
+    lines = [FORGET_IN_SHELL, *(f"export {k}={shlex.quote(v)}" for k, v in variables.items())]
     file = folder(home) / "env"
     write_secret(file, "\n".join(lines) + "\n")
     out.print(
@@ -252,6 +250,7 @@ def _tell(home: Path, stack: Stack) -> None:
 
 def main() -> None:
     """Entry point; exits with 2 for what the user has to change, 1 for what went wrong on the way."""
+    forget_foreign_settings()
     set_defaults()
     # Asked to end politely while it starts the stack, it must still end what it started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

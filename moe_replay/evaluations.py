@@ -27,6 +27,7 @@ from moe_replay.config import (
 )
 from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
+from moe_replay.holding import require_lease
 from moe_replay.plan import stored_config
 from moe_replay.preparation import check_inputs, package_versions, run_with_inputs
 from moe_replay.settings import Config
@@ -99,9 +100,23 @@ class _Found(NamedTuple):
     checkpoint: ArtifactRef | None
 
 
-def check_evaluation(request: EvaluationRequest, evaluation_id: str | None) -> None:
-    """Raise what `prepare_evaluation` would for a missing checkpoint or an unusable input; starts nothing."""
-    _find(request, evaluation_id)
+def id_of(request: EvaluationRequest, evaluation_id: str | None) -> str:
+    """The evaluation's id: the one that is given, else the one made of the run and the settings.
+
+    Raises ConfigError when there is no such run.
+    """
+    if evaluation_id:
+        return evaluation_id
+    _, config, subject = _subject_of(request)
+    return default_id(subject, config)
+
+
+def check_evaluation(request: EvaluationRequest, evaluation_id: str | None) -> str:
+    """Raise what `prepare_evaluation` would for a missing checkpoint or an unusable input; starts nothing.
+
+    Returns the evaluation's id.
+    """
+    return _find(request, evaluation_id).store.run_id
 
 
 def prepare_evaluation(request: EvaluationRequest, evaluation_id: str | None, progress: Progress) -> Evaluation:
@@ -115,19 +130,26 @@ def prepare_evaluation(request: EvaluationRequest, evaluation_id: str | None, pr
     run = run_with_inputs(found.config, found.store.run_id, progress)
     if found.training is not None:
         _require_its_model(found.training, run)
+    # Model and benchmarks may have taken long to fetch, and another runner have taken over meanwhile.
+    require_lease(found.store)
     _create(run, found)
     return Evaluation(run, found.iteration, found.checkpoint or run.initial_policy, found.subject)
 
 
 def _find(request: EvaluationRequest, evaluation_id: str | None) -> _Found:
+    training, config, subject = _subject_of(request)
+    iteration, checkpoint = (0, None) if training is None else find_checkpoint(training, request.iteration)
+    store = RunStore(run_root(config), evaluation_id or default_id(subject, config))
+    check_inputs(config, store)
+    return _Found(training, config, subject, store, iteration, checkpoint)
+
+
+def _subject_of(request: EvaluationRequest) -> tuple[RunStore | None, RunConfig, str]:
+    """The training run, if any, the settings and what the evaluation is of; not yet whether there is a checkpoint."""
     root = run_root(RunConfig(storage=request.storage))
     training = None if request.run_id is None else RunStore(root, request.run_id)
     config = settings_of(request, training)
-    subject = config.model.path if training is None else training.run_id
-    iteration, checkpoint = (0, None) if training is None else find_checkpoint(training, request.iteration)
-    store = RunStore(root, evaluation_id or default_id(subject, config))
-    check_inputs(config, store)
-    return _Found(training, config, subject, store, iteration, checkpoint)
+    return training, config, config.model.path if training is None else training.run_id
 
 
 def settings_of(request: EvaluationRequest, training: RunStore | None) -> RunConfig:

@@ -274,6 +274,13 @@ def test_a_run_that_is_in_use_is_refused_before_anything_starts(refused, run):
     assert f"pid {os.getpid()} runs it since" in message
 
 
+def test_an_evaluation_that_is_in_use_is_refused_before_anything_starts(refused, run):
+    with holding(RunStore(run.root, "scores").folder, print):
+        message = refused("evaluate", "--model", "embedded", "--id", "scores", "--root", run.root, code=1)
+        assert [path.name for path in (Path(run.root) / "scores").iterdir()] == ["_lease"]
+    assert f"pid {os.getpid()} runs it since" in message
+
+
 def test_inspect_counts_tokens_and_tells_where_routes_come_from(command, run):
     done = command("archive", "inspect", "run-1", "--root", run.root, "--json")
     shown = json.loads(done.stdout)

@@ -19,16 +19,31 @@ from moe_replay.tiny import EmbeddedAssets
 
 REPOSITORY = Path(__file__).parents[1]
 LONGEST_START = 180
-# What the session's own home has set is not what a shell of a user has.
-NOT_OURS = ("PREFECT_HOME", "PREFECT_SERVER_MEMO_STORE_PATH", "PREFECT_API_URL", "MLFLOW_TRACKING_URI")
+# Each of them would lead services, or clients, to what is not the stack's.
+FOREIGN = {
+    "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true",
+    "AWS_PROFILE": "of-another-store",
+    "AWS_REGION": "eu-central-1",
+    "AWS_SESSION_TOKEN": "of-another-store",
+    "MLFLOW_TRACKING_TOKEN": "of-another-server",
+    "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+    "PREFECT_API_AUTH_STRING": "of:another",
+    "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////nowhere/prefect.db",
+    "PREFECT_API_URL": "http://127.0.0.1:9/api",
+    "PREFECT_HOME": "/nowhere",
+    "PREFECT_SERVER_API_AUTH_STRING": "of:another",
+}
 
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a shell with a home of its own and free ports; the stack is down in the end."""
-    environment = {key: value for key, value in os.environ.items() if key not in NOT_OURS}
+    """The environment of a shell with a home of its own, free ports and settings of other systems' servers.
+
+    The stack is down in the end.
+    """
     ports = {name: str(free_port()) for name in ("PREFECT_PORT", "MLFLOW_PORT", "S3_PORT", "WORKER_PORT")}
-    environment |= ports | {"MOE_REPLAY_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | FOREIGN | ports | {"MOE_REPLAY_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     yield environment
     stack("down", environment)
 
@@ -42,7 +57,10 @@ def test_the_stack_serves_a_run_survives_the_loss_of_services_and_leaves_nothing
     assert "nothing was changed" in stack("up", shell).stdout
     assert read(tmp_path).pids == pids
 
-    client = exported(tmp_path / "stack" / "env")
+    client = exported(tmp_path / "stack" / "env", FOREIGN | {"AWS_MAX_ATTEMPTS": "7", "UNRELATED": "AWS_PROFILE=1"})
+    assert (client.pop("AWS_MAX_ATTEMPTS"), client.pop("UNRELATED")) == ("7", "AWS_PROFILE=1")
+    assert client.keys() & FOREIGN.keys() == {"MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME"}
+    assert not {client[name] for name in client.keys() & FOREIGN.keys()} & {*FOREIGN.values()}
     assert (tmp_path / "stack" / "env").stat().st_mode & 0o077 == 0
     assert not any(client["AWS_SECRET_ACCESS_KEY"] in word for p in processes_of(tmp_path) for word in p.cmdline())
     assert deployments(client["PREFECT_API_URL"]) >= {"train"}
@@ -119,10 +137,12 @@ def stack(command: str, environment: dict[str, str]) -> subprocess.CompletedProc
     )
 
 
-def exported(file: Path) -> dict[str, str]:
-    """What a shell has after it read the file."""
+def exported(file: Path, before: dict[str, str]) -> dict[str, str]:
+    """What a shell with the variables `before` has after it read the file."""
     print_environment = f"{sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
-    shown = subprocess.run(["sh", "-c", f". {file} && {print_environment}"], env={}, capture_output=True, check=True)
+    shown = subprocess.run(
+        ["sh", "-c", f". {file} && {print_environment}"], env=before, capture_output=True, check=True
+    )
     return {key: value for key, value in json.loads(shown.stdout).items() if key not in ("PWD", "SHLVL", "_")}
 
 

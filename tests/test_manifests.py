@@ -145,6 +145,18 @@ def test_every_container_keeps_to_the_namespaces_pod_security() -> None:
             assert "memory" in container["resources"]["limits"]
 
 
+@pytest.mark.parametrize(
+    ("pod", "ports"), [("prefect", {53, 443}), ("mlflow", {53}), ("postgres", {53}), ("runner", {53, 443, 6443})]
+)
+def test_pods_reach_what_is_outside_of_the_namespace_where_they_have_to(pod: str, ports: set[int]) -> None:
+    policies = [
+        d["spec"] for d in manifests() if d["kind"] == "NetworkPolicy" and selects(d["spec"]["podSelector"], pod)
+    ]
+    rules = [rule for policy in policies for rule in policy.get("egress", []) if "to" not in rule]
+
+    assert {port["port"] for rule in rules for port in rule["ports"]} == ports
+
+
 @pytest.mark.parametrize("name", ["kubernetes", "process"])
 def test_work_pool_templates_use_every_variable_that_they_declare(name: str) -> None:
     template = pool(name)
@@ -171,6 +183,14 @@ def kustomization() -> dict[str, Any]:
 def manifests() -> list[dict[str, Any]]:
     files = [path for path in sorted(KUBERNETES.rglob("*.yaml")) if path.name != "kustomization.yaml"]
     return [document for path in files for document in yaml.safe_load_all(path.read_text())]
+
+
+def selects(selector: dict[str, Any], name: str) -> bool:
+    """Whether a selector of a network policy means the pods of that name."""
+    labels = selector.get("matchLabels", {"app.kubernetes.io/name": name})
+    expressions = selector.get("matchExpressions", [])
+    assert all(one["key"] == "app.kubernetes.io/name" and one["operator"] == "In" for one in expressions)
+    return labels == {"app.kubernetes.io/name": name} and all(name in one["values"] for one in expressions)
 
 
 def kinds() -> set[str]:

@@ -103,20 +103,22 @@ class Lease:
         Asks storage only after a silence. Raises StorageUnavailable when that does not answer in time to tell.
         """
         with self._lock:
-            if self._is_stale():
+            was_stale = self._is_stale()
+            if was_stale:
                 self._renew()
             if self._lost is not None:
                 raise LeaseLost(self._lost)
-            if self._is_stale():
+            # Whoever is stopped after the first look might as well be stopped after this call.
+            if was_stale and self._is_stale():
                 raise self._too_slow()
 
     def release(self) -> None:
-        """Give the run up; a claim that can't be removed now is found dead later."""
+        """Give the run up; a claim that can't be removed now is removed in the background once storage answers."""
         # A heartbeat after the removal would leave its object behind; one that takes long meets a store that fails.
         if not self._lock.acquire(timeout=_LEAVE_SECONDS):
-            _tokens_of_this_process.discard(self._token)
+            self._withdraw_later("a heartbeat waits for storage")
             return
-        with_claim, self._lost = self._lost is None, f"the lease on {self._run.name} was released"
+        with_claim, self._lost = self._lost is None, self._released()
         self._lock.release()
         if with_claim:
             self._withdraw()
@@ -183,12 +185,32 @@ class Lease:
         )
         return began
 
+    def _released(self) -> str:
+        return f"the lease on {self._run.name} was released"
+
     def _withdraw(self) -> None:
         _tokens_of_this_process.discard(self._token)
         try:
             self._claims.remove(self._token)
-        except ReplayError as error:
-            _logger.warning("the claim on %s stays until it is found dead: %s", self._run.name, error)
+        except Exception as error:
+            self._withdraw_later(str(error))
+
+    def _withdraw_later(self, why: str) -> None:
+        """Remove the claim as soon as that can be done; while this process lives, others on this machine believe it."""
+        _tokens_of_this_process.discard(self._token)
+        _logger.warning("the claim on %s can't be removed yet, which is tried again: %s", self._run.name, why)
+        threading.Thread(target=self._remove_at_last, name="lease removal", daemon=True).start()
+
+    def _remove_at_last(self) -> None:
+        # After a heartbeat that is under way, and none comes after it.
+        with self._lock:
+            self._lost = self._lost or self._released()
+        while True:
+            try:
+                self._claims.remove(self._token)
+                return
+            except Exception:  # storage still fails, however it tells
+                self._pace.sleep(self._pace.beat_seconds)
 
     def _too_slow(self) -> StorageUnavailable:
         return StorageUnavailable(
@@ -220,10 +242,11 @@ def _keep(lease: Lease, left: threading.Event, beat_seconds: float) -> None:
         try:
             lease.renew()
             failing = False
-        except ReplayError as error:
-            # Whoever needs the lease finds out by `require`; storage may come back before.
+        except Exception as error:
+            # Whoever needs the lease finds out by `require`; storage may come back before. What is none of our errors
+            # must not end the heartbeat either, or the run would be taken over without a word.
             if not failing:
-                _logger.warning("no heartbeat: %s", error)
+                _logger.warning("no heartbeat: %s", error, exc_info=not isinstance(error, ReplayError))
             failing = True
 
 

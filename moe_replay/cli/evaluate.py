@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_replay.cli.console import Json, Root, command_name, err, out, run_and_iteration
-from moe_replay.config import document_with, parse_as, parse_override
+from moe_replay.cli.running import holding_from_here
+from moe_replay.config import RunConfig, document_with, parse_as, parse_override
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
 from moe_replay.interrupts import interrupts_kept
@@ -68,11 +69,15 @@ def _run_flow(request: "EvaluationRequest", evaluation_id: str | None) -> "Evalu
     from moe_replay.evaluations import check_evaluation
 
     # Before Prefect is imported: that takes seconds, and wants to make its home.
-    check_evaluation(request, evaluation_id)
+    own_id = check_evaluation(request, evaluation_id)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from moe_replay.servers import prefect_server
 
-    with prefect_server(make_home()) as wait_for_prefect, err.status("starting Prefect") as status:
+    with (
+        holding_from_here(RunConfig(storage=request.storage), own_id),
+        prefect_server(make_home()) as wait_for_prefect,
+        err.status("starting Prefect") as status,
+    ):
         from flows.evaluate import evaluate as evaluation_flow
         from tasks.progress import listening
         from tasks.reporting import flush_logs

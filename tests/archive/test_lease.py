@@ -1,34 +1,30 @@
 """The lease on a run, between real processes."""
 
 import json
-import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from lease_runner import QUICK
+from lease_claims import LONGEST, TOKEN, claim_of, elsewhere, here, put, until
+from lease_runner import TTL_SECONDS
+from passing_time import Clock
 
-from moe_replay.archive import lease as lease_module
-from moe_replay.archive.claims import Claim, Runner, find_holder
+from moe_replay.archive.claims import find_holder
 from moe_replay.archive.lease import Lease, holding
 from moe_replay.archive.storage import Storage
-from moe_replay.errors import ConfigError, LeaseLost, RunInUse
+from moe_replay.errors import LeaseLost, RunInUse
 
-TOKEN = "0" * 32
 RUNNER = str(Path(__file__).with_name("lease_runner.py"))
 
 # One process imports, and has five children want the run at once; who gets it keeps it until the others have ended.
 RACING = """
 import os, sys, time
 sys.path.append(sys.argv[1])
-from lease_runner import QUICK
+from lease_runner import PACE
 from moe_replay.archive.lease import holding
 from moe_replay.archive.storage import Storage
 from moe_replay.errors import RunInUse
@@ -42,9 +38,9 @@ for _ in range(int(sys.argv[3])):
         children.append(os.fork())
         if children[-1] == 0:
             os.close(leave)
-            time.sleep(start - time.monotonic())
+            time.sleep(max(0.0, start - time.monotonic()))
             try:
-                with holding(run, lambda _: None, QUICK) as lease:
+                with holding(run, lambda _: None, PACE) as lease:
                     os.read(left, 1)
                     lease.require()
             except RunInUse:
@@ -61,9 +57,9 @@ for _ in range(int(sys.argv[3])):
 class Started:
     """A runner in a process of its own."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, ahead: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, RUNNER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, RUNNER, str(run), str(ahead)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def says(self) -> str:
@@ -72,21 +68,30 @@ class Started:
 
     def ends_saying(self) -> str:
         """What it says when it may leave, after what it said before."""
-        return self.process.communicate(timeout=30)[0].strip()
+        return self.process.communicate(timeout=LONGEST)[0].strip()
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return tmp_path / "run-1"
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs/run-1"
 
 
 @pytest.fixture
-def start(run: Path) -> Iterator[Callable[[], Started]]:
+def ahead(tmp_path: Path) -> Path:
+    """Says by how much the clocks of started runners are ahead."""
+    path = tmp_path / "ahead"
+    path.write_text("0")
+    return path
+
+
+@pytest.fixture
+def start(run: Path, ahead: Path) -> Iterator[Callable[[], Started]]:
     """Starts runners; they are gone after the test."""
     started: list[Started] = []
 
     def start() -> Started:
-        started.append(Started(run))
+        started.append(Started(run, ahead))
         return started[-1]
 
     yield start
@@ -95,30 +100,18 @@ def start(run: Path) -> Iterator[Callable[[], Started]]:
         runner.process.communicate()
 
 
-def claim_of(runner: Runner, beat: int = 1, state: str = "holding") -> Claim:
-    return Claim(state=state, runner=runner, began=datetime.now(UTC), beat=beat, at=datetime.now(UTC))
-
-
-def put(run: Path, claim: Claim, token: str = TOKEN) -> None:
-    """A claim as some other runner leaves it."""
-    folder = Storage.at(str(run)) / "_lease"
-    folder.write(f"{token}.json", claim.to_bytes())
-    folder.write(f"{token}.claim", b"{}\n")
-
-
-def here(**changes: object) -> Runner:
-    return Runner.this_process().model_copy(update=changes)
-
-
-def elsewhere() -> Runner:
-    return here(host="far", boot="ffff")
+def pass_time(ahead: Path, seconds: float) -> None:
+    """Let time pass for all started runners at once."""
+    aside = ahead.with_name("ahead.new")
+    aside.write_text(str(seconds))
+    aside.replace(ahead)
 
 
 def take(run: Path, told: list[str] | None = None) -> float:
-    """Take the lease and leave it; returns the seconds that took."""
-    began = time.monotonic()
-    with holding(Storage.at(str(run)), (told if told is not None else []).append, QUICK):
-        return time.monotonic() - began
+    """Take the lease and leave it; returns for how many seconds it waited."""
+    clock = Clock()
+    with holding(Storage.at(str(run)), (told if told is not None else []).append, clock.pace()):
+        return clock.now
 
 
 def test_a_second_runner_is_refused_while_the_first_lives_and_told_of_it(run, start):
@@ -138,31 +131,30 @@ def test_a_runner_takes_over_at_once_from_one_that_was_killed_here(run, start):
     assert first.says() == "holds"
     first.process.kill()
     # Not waited for: a zombie is dead too.
-    while find_holder(Storage.at(str(run))):
-        time.sleep(0.01)
+    until(lambda: find_holder(Storage.at(str(run))) is None, "the runner is dead")
     told: list[str] = []
-    assert take(run, told) < QUICK.ttl_seconds
+    assert take(run, told) == 0
     assert told == []
     assert not run.exists()
 
 
 def test_a_process_that_got_the_pid_of_a_dead_runner_does_not_keep_the_run(run):
     put(run, claim_of(here(pid=os.getppid(), started=1)))
-    assert take(run) < QUICK.ttl_seconds
+    assert take(run) == 0
 
 
 def test_a_claim_that_this_process_could_not_remove_does_not_keep_it_from_the_run(run):
     put(run, claim_of(here()))
-    assert take(run) < QUICK.ttl_seconds
+    assert take(run) == 0
 
 
 @pytest.mark.parametrize("change", [{"host": "far"}, {"boot": "ffff"}, {"pid_namespace": 1}], ids=str)
 def test_a_silent_claim_from_elsewhere_is_taken_over_after_the_time_to_live(run, change):
     put(run, claim_of(here(pid=2**22 + 1, **change)))
     told: list[str] = []
-    assert QUICK.ttl_seconds < take(run, told) < QUICK.ttl_seconds + 5
+    assert take(run, told) == Clock().pace().ttl_seconds
     assert told[0].startswith(f"waiting for the runner {change.get('host', here().host)} pid 4194305, last heard of")
-    assert "when it stays silent for another 2 s" in told[0]
+    assert "when it stays silent for another 60 s" in told[0]
 
 
 def test_a_claim_from_elsewhere_that_beats_keeps_the_run(run):
@@ -171,7 +163,7 @@ def test_a_claim_from_elsewhere_that_beats_keeps_the_run(run):
     def beat(_: str) -> None:
         put(run, claim_of(elsewhere(), beat=2))
 
-    with pytest.raises(RunInUse, match="far pid"), holding(Storage.at(str(run)), beat, QUICK):
+    with pytest.raises(RunInUse, match="far pid"), holding(Storage.at(str(run)), beat, Clock().pace()):
         pytest.fail("two runners")
     assert [path.name for path in sorted((run / "_lease").iterdir())] == [f"{TOKEN}.claim", f"{TOKEN}.json"]
 
@@ -179,22 +171,23 @@ def test_a_claim_from_elsewhere_that_beats_keeps_the_run(run):
 def test_an_unreadable_claim_is_believed_until_it_was_silent(run):
     put(run, claim_of(elsewhere()))
     (run / "_lease" / f"{TOKEN}.json").write_text("{")
-    assert take(run) > QUICK.ttl_seconds
+    assert take(run) == Clock().pace().ttl_seconds
 
 
 def test_of_runners_that_come_at_once_exactly_one_holds(run):
     racing = [sys.executable, "-c", RACING, str(Path(__file__).parent), str(run), "20"]
-    said = subprocess.run(racing, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    said = subprocess.run(racing, capture_output=True, text=True, timeout=2 * LONGEST, check=True).stdout.splitlines()
     assert said == ["1 held, 4 refused"] * 20
     assert list(run.parent.iterdir()) == []
 
 
-def test_a_runner_that_was_stopped_for_long_is_taken_over_and_finds_out(run, start):
+def test_a_runner_that_was_stopped_for_long_is_taken_over_and_finds_out(run, start, ahead):
     first = start()
     assert first.says() == "holds"
     os.kill(first.process.pid, signal.SIGSTOP)
     other = start()
     assert other.says().startswith("waits waiting for the runner")
+    pass_time(ahead, TTL_SECONDS)
     said = other.says()
     while said.startswith("waits"):
         said = other.says()
@@ -207,38 +200,13 @@ def test_a_runner_that_was_stopped_for_long_is_taken_over_and_finds_out(run, sta
     assert list(run.parent.iterdir()) == []
 
 
-def test_a_runner_that_was_stopped_and_not_replaced_goes_on(run, start):
+def test_a_runner_that_was_stopped_and_not_replaced_goes_on(start, ahead):
     first = start()
     assert first.says() == "holds"
     os.kill(first.process.pid, signal.SIGSTOP)
-    time.sleep(1.5 * QUICK.ttl_seconds)
+    pass_time(ahead, 1.5 * TTL_SECONDS)
     os.kill(first.process.pid, signal.SIGCONT)
-    time.sleep(0.3)
     assert first.ends_saying() == "left"
-
-
-def test_storage_that_fails_for_a_while_stops_stages_and_costs_no_lease(run, caplog):
-    with holding(Storage.at(str(run)), print, QUICK) as held:
-        shutil.move(run, run.with_name("away"))
-        # Nothing can be made where a file lies.
-        run.write_text("")
-        with caplog.at_level(logging.WARNING, lease_module.__name__):
-            time.sleep(QUICK.ttl_seconds)
-        assert len(caplog.records) == 1
-        with pytest.raises(ConfigError):
-            held.require()
-        run.unlink()
-        shutil.move(run.with_name("away"), run)
-        held.require()
-
-
-def test_a_claim_that_was_removed_is_a_lost_lease(run):
-    with holding(Storage.at(str(run)), print, QUICK) as held:
-        shutil.rmtree(run)
-        time.sleep(5 * QUICK.beat_seconds)
-        with pytest.raises(LeaseLost, match="its claim was removed"):
-            held.require()
-    assert not run.exists()
 
 
 def test_an_interrupt_while_waiting_leaves_nothing_of_ours(run):
@@ -248,13 +216,13 @@ def test_an_interrupt_while_waiting_leaves_nothing_of_ours(run):
     def interrupt(_: str) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), holding(Storage.at(str(run)), interrupt, QUICK):
+    with pytest.raises(KeyboardInterrupt), holding(Storage.at(str(run)), interrupt, Clock().pace()):
         pass
     assert sorted((run / "_lease").iterdir()) == before
 
 
 def test_a_lease_that_was_released_holds_nothing(run):
-    lease = Lease(Storage.at(str(run)), QUICK)
+    lease = Lease(Storage.at(str(run)), Clock().pace())
     lease.acquire(print)
     lease.require()
     lease.release()
@@ -265,7 +233,7 @@ def test_a_lease_that_was_released_holds_nothing(run):
 
 
 def test_a_claim_names_no_more_than_process_and_times(run):
-    with holding(Storage.at(str(run)), print, QUICK):
+    with holding(Storage.at(str(run)), print, Clock().pace()):
         found = json.loads(next((run / "_lease").glob("*.json")).read_bytes())
     assert found.keys() == {"state", "runner", "began", "beat", "at"}
     assert found["runner"].keys() == {"host", "boot", "pid_namespace", "pid", "started"}

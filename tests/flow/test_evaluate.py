@@ -1,10 +1,31 @@
 """Evaluation of a checkpoint apart from its training, and of nothing new: real vLLM, Prefect server and MLflow."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 from command import run_json, start
 from compared_runs import Compared
 from mlflow import MlflowClient
+
+from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.lease import holding
+
+EVALUATE = """
+import sys
+from flows.evaluate import evaluate
+evaluate({"storage": {"root": sys.argv[1]}}, "scores")
+"""
+
+
+def test_a_flow_run_leaves_an_evaluation_alone_that_another_runner_works_on(tmp_path: Path) -> None:
+    with holding(RunStore(str(tmp_path), "scores").folder, print):
+        flow = [sys.executable, "-c", EVALUATE, str(tmp_path)]
+        done = subprocess.run(flow, capture_output=True, text=True, timeout=300, check=False)
+        assert [path.name for path in (tmp_path / "scores").iterdir()] == ["_lease"]
+    assert done.returncode != 0
+    assert f"RunInUse: {(tmp_path / 'scores').as_uri()} is in use" in done.stderr
 
 
 def test_a_checkpoint_is_scored_as_in_training_and_only_once(compared: Compared) -> None:

@@ -13,6 +13,8 @@ from s3_server import BUCKET, S3Server, environment, forget_clients, serving
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import verify_routes
 
+KILLS = 5
+
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
@@ -32,23 +34,28 @@ def test_a_store_killed_again_and_again_loses_nothing_of_what_is_written(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     store, trace = RunStore(f"s3://{BUCKET}/root", "run-1"), make_trace(200, missing=(199,))
     store.create_run({})
-    ended, kills = threading.Event(), []
+    ended, kills, folder = threading.Event(), [], server.folder / BUCKET
 
-    def kill_now_and_then() -> None:
-        while not ended.wait(0.5):
+    def kill_between_writes() -> None:
+        for _ in range(KILLS):
+            before = number_of_objects(folder)
+            while number_of_objects(folder) == before and not ended.is_set():
+                time.sleep(0.01)
             server.kill()
             server.start()
-            kills.append(time.monotonic())
+            kills.append(before)
 
-    killer = threading.Thread(target=kill_now_and_then)
+    killer = threading.Thread(target=kill_between_writes)
     killer.start()
+    refs = []
     try:
-        refs = [commit_routes(store, [trace], iteration=n, chunk_tokens=20, codec="zstd") for n in range(2)]
+        while len(refs) < 2 or killer.is_alive():
+            refs.append(commit_routes(store, [trace], iteration=len(refs), chunk_tokens=20, codec="zstd"))
     finally:
         ended.set()
         killer.join()
 
-    assert kills
+    assert len(kills) == KILLS
     assert [problem for ref in refs for problem in verify_routes(store.open(ref))] == []
 
 
@@ -81,6 +88,10 @@ def test_a_run_whose_store_is_killed_ends_with_an_error_that_resume_overcomes(se
     assert resumed.returncode == 0, told
     assert commits_below(folder) == commits_below(tmp_path / "small")
     assert run_json("archive", "verify", "small", root)["problems"] == []
+
+
+def number_of_objects(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
 
 
 def wait_for(folder: Path, pattern: str) -> None:
