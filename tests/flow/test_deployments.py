@@ -1,11 +1,9 @@
 """What `prefect deploy --all` makes of prefect.yaml, and a worker that serves it: real server, real worker."""
 
-import json
 import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from asking import ask
 from command import SMALL
 
 from moe_replay.config import EvaluationConfig, RolloutConfig, RunConfig, document_with
@@ -28,14 +27,6 @@ def prefect(*words: str) -> None:
     command = [sys.executable, "-m", "prefect", *words]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def ask(url: str, body: Any = None, method: str = "POST") -> Any:
-    """Ask the Prefect server."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.loads(response.read() or b"null")
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
