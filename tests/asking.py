@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 from mlflow import MlflowClient
@@ -37,3 +39,12 @@ def ask(url: str, body: Any = None, method: str = "POST") -> Any:
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.loads(response.read() or b"null")
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """Wait for a condition, and return what it gives."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}"
+        time.sleep(0.3)
+    return found
