@@ -2,9 +2,10 @@
 
 from prefect.exceptions import FlowPauseTimeout
 
+from moe_replay.alarm import Action
 from moe_replay.archive.commits import ArtifactRef
-from moe_replay.errors import StabilityAlarm
-from moe_replay.stages.decisions import BatchAlarms
+from moe_replay.errors import ConfigError, StabilityAlarm
+from moe_replay.stages.decisions import Alarm, BatchAlarms, DecidedBy
 from moe_replay.stages.run import Run
 from tasks.stability import announce, ask, is_deployed, report
 from tasks.stages import configured, train_replayed
@@ -25,13 +26,17 @@ def train_watched(
 
 
 def settle(run: Run, batch: BatchAlarms, error: StabilityAlarm) -> None:
-    """Decide by rule, or have a person decide in the Prefect UI; raises `error` where neither does."""
+    """Decide by rule, or have a person decide in the Prefect UI; raises `error` where neither does.
+
+    What was decided elsewhere meanwhile stands.
+    """
     alarm, rule = batch.waiting(), run.config.alarm.rule
-    assert alarm is not None, "training writes its alarm before it raises it"
+    if alarm is None:
+        assert batch.decisions(), "training writes its alarm before it raises it"
+        return
     announce(run, alarm)
     if rule in alarm.actions(run.config.method):
-        batch.decide(run.config, rule, "rule")
-        report(run, alarm, f"{rule}, by rule")
+        decide(run, batch, alarm, rule, "rule")
         return
     report(run, alarm, "waits for a decision")
     # On the command line nobody sees a form; there the decision comes with `resume`.
@@ -41,5 +46,16 @@ def settle(run: Run, batch: BatchAlarms, error: StabilityAlarm) -> None:
         action = ask(run, alarm)
     except FlowPauseTimeout:
         raise error from None
-    batch.decide(run.config, action, "person")
-    report(run, alarm, f"{action}, as was decided")
+    decide(run, batch, alarm, action, "person")
+
+
+def decide(run: Run, batch: BatchAlarms, alarm: Alarm, action: Action, decided_by: DecidedBy) -> None:
+    """Write down what becomes of the batch unless that was done meanwhile, and tell what holds."""
+    try:
+        batch.decide(run.config, action, decided_by)
+    except ConfigError:
+        if batch.waiting() is not None:
+            raise
+    standing = batch.decisions()[-1]
+    how = "by rule" if standing.decided_by == "rule" else "as was decided"
+    report(run, alarm, f"{standing.action}, {how}")

@@ -45,14 +45,18 @@ def require_same_config(store: RunStore, wanted: RunConfig, allowed: Sequence[st
         told = ", ".join(f"{key} ({_shown(old)} -> {_shown(new)})" for key, (old, new) in sorted(refused.items()))
         changeable = sorted(key for key in refused if _is_among(key, CHANGEABLE))
         fixed = sorted(refused.keys() - set(changeable))
-        ways = [f"to change {', '.join(changeable)}, give --allow-config-change for each"] if changeable else []
+        ways = []
+        if changeable:
+            allow = "--allow-config-change, or a deployment's allow_config_change, for each"
+            ways.append(f"to change {', '.join(changeable)}, give {allow}")
         if fixed:
             ways.append(
                 f"{', '.join(fixed)} can't change, or the run's artifacts would no longer be a function of one config: "
                 f"fork the run (moe-replay fork {run_id} --iteration N --set key=value)"
             )
         raise ConfigError(
-            f"run {run_id} exists with another config: {told}; use the config it was started with to go on with it, "
+            f"run {run_id} exists with another config: {told}; to go on with it use the config it has "
+            f"(moe-replay resume {run_id}, or a new run of the deployment: a retried flow run keeps its parameters), "
             f"or give another name; {'; '.join(ways)}"
         )
     begun = _begun(store)

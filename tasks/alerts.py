@@ -29,14 +29,18 @@ _ENDS = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed
 _RESTS = {f"prefect.flow-run.{name}" for name in ("Paused", "Suspended", "AwaitingRetry", "Cancelling")}
 _ANY_FLOW_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
 
+# As `tasks.failures.way_on`: the name of a flow run whose process never began is one that Prefect made up.
 _FAILED = """
 {%- set name = event.resource['prefect.resource.name'] -%}
 {%- set flow = event.resource_in_role['flow'].name -%}
 {%- set state = event.resource['prefect.state-name'] -%}
 {%- set reason = event.resource['prefect.state-message'] | default('', true) -%}
 {%- set root = flow_run.parameters['config']['storage']['root'] -%}
-{%- set command = 'moe-replay resume ' ~ name[6:] ~ (' --root ' ~ root if root else '') -%}
-{%- set resume = command if flow == 'train' else 'retry it in the Prefect UI' -%}
+{%- set given = flow_run.parameters['run_id'] -%}
+{%- set run = given or 'run-' ~ (flow_run.id | string)[:8] -%}
+{%- set command = 'moe-replay resume ' ~ run ~ (' --root ' ~ root if root else '') -%}
+{%- set known = flow == 'train' and (given or name == 'train-' ~ run) -%}
+{%- set resume = command if known else 'retry it in the Prefect UI' -%}
 {"alert": {{ state | lower | tojson }}, "flow": {{ flow | tojson }}, "flow_run": {{ name | tojson }},
  "flow_run_id": {{ event.resource.id | tojson }}, "reason": {{ reason | tojson }}, "resume": {{ resume | tojson }},
  "text": {{ (name ~ ' is ' ~ state ~ ': ' ~ reason ~ ' To go on: ' ~ resume) | tojson }}}
@@ -94,6 +98,8 @@ def _mark_dead() -> Automation:
         after={_HEARTBEAT},
         expect={_HEARTBEAT, *_ENDS, *_RESTS},
         match=_ANY_FLOW_RUN,
+        # Others' flow runs on a shared server may send heartbeats more rarely.
+        match_related=_of_flows(*_WATCHED_FLOWS, "iteration"),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
@@ -111,7 +117,7 @@ def _notifying(block: UUID, stalled_after: timedelta) -> list[Automation]:
     failed = EventTrigger(
         expect={f"prefect.flow-run.{name}" for name in ("Failed", "Crashed", "TimedOut")},
         match=_ANY_FLOW_RUN,
-        match_related={"prefect.resource.role": "flow", "prefect.resource.name": _WATCHED_FLOWS},
+        match_related=_of_flows(*_WATCHED_FLOWS),
         for_each={"prefect.resource.id"},
         posture=Posture.Reactive,
         threshold=1,
@@ -136,6 +142,10 @@ def _notifying(block: UUID, stalled_after: timedelta) -> list[Automation]:
         Automation(name=name, trigger=trigger, actions=[CallWebhook(block_document_id=block, payload=payload.strip())])
         for name, (trigger, payload) in calls.items()
     ]
+
+
+def _of_flows(*names: str) -> dict[str, str | list[str]]:
+    return {"prefect.resource.role": "flow", "prefect.resource.name": list(names)}
 
 
 def _install(automation: Automation) -> None:

@@ -6,6 +6,8 @@ from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
+from tasks.naming import run_id_of
+
 
 def log_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Log the reason and the command that continues the flow run."""
@@ -15,11 +17,14 @@ def log_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> N
 
 def way_on(flow: str, flow_run: FlowRun) -> str:
     """What continues the flow run at its first stage without a commit."""
-    if flow != "train":
+    run_id = run_id_of(flow_run.parameters, flow_run.id)
+    # A flow run whose process never began has the name that Prefect gave it, and has made no run of its own.
+    began = flow_run.name == f"train-{run_id}"
+    if flow != "train" or not (began or flow_run.parameters.get("run_id")):
         return "retry it in the Prefect UI"
     storage = (flow_run.parameters.get("config") or {}).get("storage") or {}
     at = f" --root {storage['root']}" if storage.get("root") else ""
-    return f"moe-replay resume {flow_run.name.removeprefix('train-')}{at}, or retry it in the Prefect UI"
+    return f"moe-replay resume {run_id}{at}, or retry it in the Prefect UI"
 
 
 LOGGED_FAILURES: dict[str, Any] = {"on_failure": [log_failure], "on_crashed": [log_failure]}

@@ -1,16 +1,20 @@
 """Stability alarms as people meet them: in the log, in the Prefect UI, as events, as a form, and in this process."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
+from httpx import HTTPStatusError, TransportError
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.events import emit_event
+from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
-from prefect.input import RunInput
+from prefect.input import RunInput, keyset_from_base_key
+from prefect.input.actions import read_flow_run_input
 from prefect.runtime import flow_run
 from pydantic import Field, create_model
 
@@ -81,12 +85,50 @@ def is_deployed() -> bool:
 def ask(run: Run, alarm: Alarm) -> Action:
     """Pause this flow run until somebody resumes it with a decision; engines give back their memory meanwhile.
 
-    Raises FlowPauseTimeout when nobody did within `alarm.wait_seconds`.
+    A Prefect server that is away meanwhile is waited for. Raises FlowPauseTimeout when nobody decided within
+    `alarm.wait_seconds`.
     """
     engines_of(run).close()
-    form = decision_form(run, alarm)
-    answer: Any = pause_flow_run(form, timeout=run.config.alarm.wait_seconds, poll_interval=_POLL_SECONDS)
+    form, seconds = decision_form(run, alarm), run.config.alarm.wait_seconds
+    deadline = time.monotonic() + seconds
+    # Prefect's own keys count the pauses of a process: after a killed one, the first would count as answered.
+    key = uuid4().hex
+    answer: Any
+    try:
+        answer = pause_flow_run(form, timeout=seconds, poll_interval=_POLL_SECONDS, key=key)
+    except (TransportError, HTTPStatusError) as error:
+        answer = _answer_after(error, form, key, deadline)
+        if answer is None:
+            raise
     return answer.decision
+
+
+def _answer_after(
+    error: TransportError | HTTPStatusError, form: type[RunInput], key: str, deadline: float
+) -> RunInput | None:
+    """The answer to a pause after an outage of the server; none where it was no outage, or came before the pause.
+
+    Raises FlowPauseTimeout when nobody answered until the `deadline`.
+    """
+    if not _is_outage(error):
+        return None
+    get_run_logger().warning("Prefect does not answer (%s); still waiting for a decision", type(error).__name__)
+    keyset = keyset_from_base_key(f"paused-{key}")
+    while time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        try:
+            with get_client(sync_client=True) as client:
+                state = client.read_flow_run(UUID(str(flow_run.id))).state
+            if state and state.is_running():
+                return None if read_flow_run_input(keyset["response"]) is None else form.load(keyset)
+        except (TransportError, HTTPStatusError) as later:
+            if not _is_outage(later):
+                raise
+    raise FlowPauseTimeout("the flow run was paused and never resumed")
+
+
+def _is_outage(error: TransportError | HTTPStatusError) -> bool:
+    return isinstance(error, TransportError) or error.response.is_server_error
 
 
 def decision_form(run: Run, alarm: Alarm) -> type[RunInput]:

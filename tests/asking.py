@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 from mlflow import MlflowClient
@@ -27,12 +29,22 @@ def checkpoints(run_id: str) -> list[Any]:
 
 def tasks_of(api: str, flow_runs: list[str]) -> list[dict[str, Any]]:
     """Task runs of flow runs with these names."""
-    flows = post(f"{api}/flow_runs/filter", {"flow_runs": {"name": {"any_": flow_runs}}})
-    return post(f"{api}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
+    flows = ask(f"{api}/flow_runs/filter", {"flow_runs": {"name": {"any_": flow_runs}}})
+    return ask(f"{api}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
 
 
-def post(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ask the Prefect server."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return json.load(response)
+def ask(url: str, body: Any = None, method: str = "POST") -> Any:
+    """What a server answers in JSON to a body in JSON; None where it has nothing to say."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.loads(response.read() or b"null")
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """Wait for a condition, and return what it gives."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}"
+        time.sleep(0.3)
+    return found

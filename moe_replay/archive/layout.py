@@ -35,6 +35,7 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ITERATION = re.compile(r"[0-9]{5,}")
 _ATTEMPT = re.compile(rf"_attempt-({'|'.join(STAGES)})-[0-9a-f]{{32}}")
 _SUPERSEDED = re.compile(rf"_superseded-({'|'.join(STAGES)})-[0-9a-f]{{64}}")
+_ON_ALARM = re.compile(r"_(?:alarm|decision)-([0-9a-f]{64})-[0-9]+\.json")
 _PLACEMENT = re.compile(r"_objects-[0-9a-f]{64}\.json")
 
 
@@ -86,6 +87,15 @@ def superseded_stage(folder: str) -> str | None:
 def stage_of(folder: str) -> str | None:
     """The stage that a folder of an iteration belongs to: its own, an attempt's, or that of something superseded."""
     return folder if folder in STAGES else attempted_stage(folder) or superseded_stage(folder)
+
+
+def alarmed_rollout(file: str) -> str | None:
+    """The commit of the rollout that a file of an iteration is an alarm or a decision on, or None when it is neither.
+
+    See `RunLayout.alarm_file`.
+    """
+    match = _ON_ALARM.fullmatch(file)
+    return match and match[1]
 
 
 def placement_file(sha256: str) -> str:

@@ -2,7 +2,8 @@
 
 What is superseded lies beside the stage's folder, in `_superseded-<stage>-<sha256 of the commit>`. On a local disk that
 is the stage's folder, renamed; elsewhere it holds the commit, a note of where its objects lie, and when that was, and
-then the commit is removed from its place. `archive gc` removes it after a while.
+then the commit is removed from its place. With a rollout or a training go the stability alarms on the batch and the
+decisions, so that they are taken anew. `archive gc` removes all of it after a while.
 """
 
 import os
@@ -20,11 +21,12 @@ from moe_replay.archive.layout import (
     STAGES,
     SUPERSEDED_FILE,
     TIMING_FILE,
+    alarmed_rollout,
     placement_file,
     superseded_folder,
     superseded_stage,
 )
-from moe_replay.archive.storage import storage_errors
+from moe_replay.archive.storage import Storage, storage_errors
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 
 SUPERSEDED_KEY = "superseded"
@@ -128,6 +130,7 @@ def _set_aside(store: RunStore, artifact: Artifact, note: _Note) -> None:
     folder, place = stage.local_folder, aside.local_folder
     if folder is not None and place is not None:
         stage.write(SUPERSEDED_FILE, told)
+        _set_alarms_aside(store, artifact, stage)
         # The very same artifact may have been superseded before, and made again.
         aside.remove_all()
         with storage_errors(f"superseding {stage.name}", creating=True):
@@ -137,8 +140,25 @@ def _set_aside(store: RunStore, artifact: Artifact, note: _Note) -> None:
     placement = artifact.placement.model_copy(update={"folder": artifact.placement.folder or commit.stage})
     placement.write(aside, artifact.ref.sha256)
     aside.write(SUPERSEDED_FILE, told)
+    _set_alarms_aside(store, artifact, aside)
     with suppress(FileNotFoundError):
         aside.write(TIMING_FILE, stage.read(TIMING_FILE))
     aside.write(COMMIT_FILE, commit.to_bytes())
     for name in (COMMIT_FILE, TIMING_FILE, placement_file(artifact.ref.sha256)):
         stage.remove(name)
+
+
+def _set_alarms_aside(store: RunStore, artifact: Artifact, aside: Storage) -> None:
+    """Move the alarms on the artifact's batch, and the decisions, to where the artifact goes.
+
+    To be called before that, so that a superseding that was cut short is known by the commit that is there still.
+    """
+    commit = artifact.commit
+    rollout = artifact.ref if commit.stage == "rollout" else commit.inputs.get("rollout")
+    if commit.stage not in ("rollout", "training") or rollout is None:
+        return
+    iteration = store.folder / f"iterations/{commit.iteration:05d}"
+    for name in iteration.files(deep=False):
+        if alarmed_rollout(name) == rollout.sha256:
+            aside.write(name, iteration.read(name))
+            iteration.remove(name)

@@ -103,12 +103,17 @@ def resume(
     config = overridden(stored, {**overrides, "storage.root": root})
     if (from_stage is None) != (iteration is None):
         raise ConfigError("--from-stage and --iteration belong together; name the stage and iteration to go back to")
-    if decide is not None:
-        _decide(store, stored, decide)
+    if decide is not None and from_stage is not None:
+        raise ConfigError(
+            "--decide is for the batch that waits, and --from-stage takes back what was decided; go back first, and "
+            "decide when the alarm is raised again"
+        )
     with holding_from_here(config, run_id):
+        # What could not go on afterwards is told before anything is decided or taken back.
+        preflight(config, run_id, allowed)
+        if decide is not None:
+            _decide(store, config, decide)
         if from_stage is not None and iteration is not None:
-            # What could not go on afterwards is told before anything is taken back.
-            preflight(config, run_id, allowed)
             supersede_from(store, from_stage, iteration, yes)
         train_here(config, run_id, allowed, json_, quiet)
 

@@ -13,6 +13,7 @@ from archive_samples import DIGEST
 from stepped_store import Killed, Turns, stepped_run
 from sudden_death import die_before_change
 
+from moe_replay.alarm import Excess
 from moe_replay.archive.artifacts import ArtifactRef, RunStore
 from moe_replay.archive.layout import STAGES
 from moe_replay.archive.placement import Placement
@@ -27,8 +28,11 @@ from moe_replay.archive.superseding import (
     superseded_artifact,
     superseded_folders,
 )
+from moe_replay.config import RunConfig
 from moe_replay.errors import ArchiveCorrupt, ConfigError
+from moe_replay.stages.decisions import BatchAlarms
 
+EXCESS = Excess("mismatch/kl_k3", 0.25, 0.125)
 INITIAL = ArtifactRef(uri="model://initial", sha256="0" * 64)
 NO_GRACE = timedelta(0)
 LAST = ("training", "predictor", "evaluation")
@@ -69,6 +73,14 @@ def committed(store) -> list[tuple[int, str]]:
 
 def take_back(store, stage, iteration) -> None:
     supersede(store, made_from(store, stage, iteration))
+
+
+def decide(store, iteration) -> BatchAlarms:
+    """An alarm on the batch of an iteration, and a decision on it."""
+    alarms = BatchAlarms(store, iteration, store.commit_of("rollout", iteration))
+    alarms.raise_alarm(EXCESS)
+    alarms.decide(RunConfig(), "skip", "person")
+    return alarms
 
 
 def removable(store, grace=NO_GRACE) -> list[str]:
@@ -123,6 +135,36 @@ def test_what_is_superseded_is_made_again_the_same(run):
     take_back(run, "training", 1)
     assert commit_rest(run) == before
     assert len(superseded_folders(run, 1, "training")) == 1
+
+
+@pytest.mark.parametrize("stage", ["rollout", "routes", "training"])
+def test_what_was_decided_on_a_batch_goes_with_its_training(run, stage):
+    before = commit_rest(run)
+    others, alarms = decide(run, 0), decide(run, 1)
+    take_back(run, "evaluation", 1)
+    assert len(alarms.decisions()) == 1
+    take_back(run, stage, 1)
+
+    # The very same batch, made again.
+    assert commit_rest(run) == before
+    assert (alarms.waiting(), alarms.decisions()) == (None, ())
+    alarms.raise_alarm(EXCESS)
+    assert alarms.decide(RunConfig(), "train", "person").action == "train"
+    assert len(others.decisions()) == 1
+    kept = [path for path in run.folder.files() if "_superseded-training" in path and "/_decision-" in path]
+    assert len(kept) == 1
+    clean(run)
+    assert sum("/_decision-" in path for path in run.folder.files()) == 2
+
+
+def test_a_decision_goes_with_a_rollout_that_was_not_trained_on_yet(store):
+    store.create_run({})
+    for stage in ("rollout", "routes"):
+        commit(store, 0, stage)
+    alarms = decide(store, 0)
+    take_back(store, "rollout", 0)
+    assert commit(store, 0, "rollout") == alarms.rollout
+    assert alarms.decisions() == ()
 
 
 def test_what_was_made_last_is_taken_back_first(run):
@@ -259,6 +301,7 @@ def finish_after_a_kill(store, before) -> None:
     if again := made_from(store, "training", 0):
         supersede(store, again)
     assert committed(store) == WHOLE[:2]
+    assert BatchAlarms(store, 0, before[0, "rollout"]).decisions() == ()
     assert commit_rest(store, 1) == before
     clean(store)
     assert removable(store) == []
@@ -270,6 +313,7 @@ def test_superseding_killed_before_any_change_is_finished_by_the_same_command_ag
     store = RunStore(str(tmp_path / "made"), "run-1")
     store.create_run({})
     before = commit_rest(store, 1)
+    decide(store, 0)
     change, status = 0, signal.SIGKILL
     while status == signal.SIGKILL:
         root = tmp_path / str(change)
@@ -288,6 +332,7 @@ def test_superseding_killed_before_any_request_to_a_store_is_finished_by_the_sam
         store = stepped_run(puts_conditionally=True)
         store.create_run({})
         before = commit_rest(store, 1)
+        decide(store, 0)
         [result] = Turns([partial(take_back, store, "training", 0)]).play([], {0: requests})
         finish_after_a_kill(store, before)
         requests += 1

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from asking import post
+from asking import ask
 from mlflow import MlflowClient
 from page import Browser
 
@@ -111,7 +111,7 @@ def test_artifacts_hold_results_and_durations_and_lead_to_mlflow_and_storage(
 
 def newest_artifact(browser: Browser, key: str) -> str:
     """Address of an artifact's newest version."""
-    (found,) = post(f"{browser.shown.prefect}/api/artifacts/latest/filter", {"artifacts": {"key": {"any_": [key]}}})
+    (found,) = ask(f"{browser.shown.prefect}/api/artifacts/latest/filter", {"artifacts": {"key": {"any_": [key]}}})
     return f"{browser.shown.prefect}/artifacts/artifact/{found['latest_id']}"
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -15,12 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import ask
 from command import run_json, start
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tasks.alerts import install_alerts
+from tasks.failures import way_on
 
 TOKEN = "secret-path-of-the-webhook"
 FAIL = "import sys; from flows.train import train; from moe_replay.config import load_config; "
 FAIL += "train(load_config(None, {'model.path': sys.argv[1], 'storage.root': sys.argv[1]}), 'dense')"
-Received = Callable[[str], dict[str, Any]]
+RETRY = "retry it in the Prefect UI"
+LONGEST = 240
+"""Seconds that an alert may take: where events come late, the server looks two minutes after for what is overdue."""
+Received = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -43,41 +51,63 @@ def posts() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 @pytest.fixture(scope="module")
 def installed(posts: tuple[str, list], prefect_api: str, prefect_for_commands: None) -> list[str]:
     """Names of the automations, installed twice."""
-    for _ in range(2):
-        said = run_json("alerts", "install", "--stalled-after=2m", MOE_REPLAY_ALERT_WEBHOOK=posts[0])
-    # The server's consumer of events learns of automations by a message.
-    time.sleep(1)
+    said = run_json("alerts", "install", "--stalled-after=2m", MOE_REPLAY_ALERT_WEBHOOK=posts[0])
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        assert install_alerts(None, timedelta(minutes=2)) == said["automations"]
     return said["automations"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def past(installed: list[str], prefect_api: str) -> dict[str, str]:
+    """Flow runs, by flow, that sent a sign of life a minute ago; and two whose stages told of themselves.
+
+    They have half a minute left. They are told of right after the installation: then the server looks for what is
+    overdue within seconds, and at what it knows by then again as soon as it is due; otherwise in two minutes.
+    """
+    runs = {flow: running(prefect_api, flow) for flow in ("another", "train")}
+    beats = [event("prefect.flow-run.heartbeat", run, 60, flow) for flow, run in runs.items()]
+    silent, finished = ({"run": run, "stage": "training", "iteration": 3} for run in ("silent", "finished"))
+    stages = [
+        event("moe-replay.stage.started", "1", 90, **silent),
+        event("moe-replay.stage.started", "2", 90, **finished),
+        event("moe-replay.stage.finished", "2", 89, **finished),
+    ]
+    ask(f"{prefect_api}/events", [*beats, *stages])
+    return runs
 
 
 @pytest.fixture
 def received(posts: tuple[str, list[dict[str, Any]]]) -> Received:
-    """Waits until an alert of this kind was posted."""
+    """Waits until an alert was posted of which this is true."""
 
-    def wait(alert: str) -> dict[str, Any]:
-        deadline = time.monotonic() + 30
-        while not (found := [body for body in posts[1] if body["alert"] == alert]):
-            assert time.monotonic() < deadline, f"no alert {alert!r} in {posts[1]}"
+    def wait(**said: str) -> dict[str, Any]:
+        deadline = time.monotonic() + LONGEST
+        while not (found := [body for body in posts[1] if said.items() <= body.items()]):
+            assert time.monotonic() < deadline, f"no alert {said} in {posts[1]}"
             time.sleep(0.2)
         return found[-1]
 
     return wait
 
 
-def ask(url: str, body: Any) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.loads(response.read() or b"null")
+def running(api: str, flow: str, parameters: dict[str, Any] | None = None) -> str:
+    """The id of a flow run of which the server thinks that it runs."""
+    flow_id = ask(f"{api}/flows/", {"name": flow})["id"]
+    made = {"flow_id": flow_id, "parameters": parameters or {}, "state": {"type": "RUNNING"}}
+    return ask(f"{api}/flow_runs/", made)["id"]
 
 
-def emit(api: str, event: str, resource: str, seconds_ago: float, **payload: Any) -> None:
-    """Send an event as a flow run would have done it some time ago."""
-    occurred = (datetime.now(UTC) - timedelta(seconds=seconds_ago)).isoformat()
-    about = {"prefect.resource.id": resource, "prefect.resource.name": "a-run"}
-    ask(
-        f"{api}/events",
-        [{"event": event, "id": str(uuid.uuid4()), "occurred": occurred, "resource": about, "payload": payload}],
-    )
+def event(name: str, flow_run: str, seconds_ago: float, flow: str = "train", **payload: Any) -> dict[str, Any]:
+    """An event as a flow run would have sent it some time ago."""
+    of = {"prefect.resource.id": "prefect.flow.1", "prefect.resource.role": "flow", "prefect.resource.name": flow}
+    return {
+        "event": name,
+        "id": str(uuid.uuid4()),
+        "occurred": (datetime.now(UTC) - timedelta(seconds=seconds_ago)).isoformat(),
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{flow_run}", "prefect.resource.name": "a-run"},
+        "related": [of],
+        "payload": payload,
+    }
 
 
 def test_installing_again_updates_the_same_automations(installed: list[str], prefect_api: str) -> None:
@@ -86,9 +116,7 @@ def test_installing_again_updates_the_same_automations(installed: list[str], pre
     assert len(ours) == 4
 
 
-def test_the_webhooks_url_is_kept_as_a_secret_and_told_nowhere(
-    installed: list[str], posts: tuple[str, list], prefect_api: str, home: Path
-) -> None:
+def test_the_webhooks_url_is_kept_as_a_secret_and_told_nowhere(prefect_api: str) -> None:
     assert TOKEN not in json.dumps(ask(f"{prefect_api}/automations/filter", {}))
     assert TOKEN not in json.dumps(ask(f"{prefect_api}/block_documents/filter", {}))
     process = start("alerts", "install", MOE_REPLAY_ALERT_WEBHOOK=f"ftp://host/{TOKEN}")
@@ -98,19 +126,17 @@ def test_the_webhooks_url_is_kept_as_a_secret_and_told_nowhere(
 
 
 def test_a_failed_training_is_posted_with_its_reason_and_logged_with_the_way_on(
-    installed: list[str], received: Received, tmp_path: Path, prefect_api: str
+    received: Received, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     done = subprocess.run(
         [sys.executable, "-c", FAIL, str(tmp_path)], capture_output=True, text=True, timeout=120, env=dict(os.environ)
     )
-    ended = time.monotonic()
     assert done.returncode != 0
 
-    alert = received("failed")
+    alert = received(alert="failed", flow_run="train-dense")
 
-    assert time.monotonic() - ended < 15
-    assert (alert["flow"], alert["flow_run"]) == ("train", "train-dense")
+    assert alert["flow"] == "train"
     assert alert["resume"] == f"moe-replay resume dense --root {tmp_path}"
     assert "is dense" in alert["reason"]
     assert "is dense" in alert["text"]
@@ -119,25 +145,36 @@ def test_a_failed_training_is_posted_with_its_reason_and_logged_with_the_way_on(
     assert "is dense" in told[0]
 
 
-def test_a_stage_that_falls_silent_is_posted_and_one_that_finished_is_not(
-    installed: list[str], received: Received, posts: tuple[str, list[dict[str, Any]]], prefect_api: str
+@pytest.mark.parametrize(
+    ("name", "parameters", "run"),
+    [
+        ("amber-fox", {"run_id": "nightly", "config": {"storage": {"root": "/data"}}}, "nightly --root /data"),
+        ("blue-hen", {"run_id": "nightly"}, "nightly"),
+        ("train-{own}", {"run_id": None, "config": {}}, "{own}"),
+        ("grey-owl", {}, None),
+    ],
+)
+def test_the_way_on_names_the_run_whatever_its_flow_run_is_called(
+    received: Received, prefect_api: str, name: str, parameters: dict[str, Any], run: str | None
 ) -> None:
-    silent, finished = (f"prefect.flow-run.{uuid.uuid4()}" for _ in range(2))
-    for run, resource in (("silent", silent), ("finished", finished)):
-        emit(prefect_api, "moe-replay.stage.started", resource, 115, run=run, stage="training", iteration=3)
-    emit(prefect_api, "moe-replay.stage.finished", finished, 114, run="finished", stage="training", iteration=3)
+    flow_run = running(prefect_api, "train", parameters)
+    own = f"run-{flow_run[:8]}"
+    ask(f"{prefect_api}/flow_runs/{flow_run}", {"name": name.format(own=own)}, "PATCH")
+    with temporary_settings({PREFECT_API_URL: prefect_api}), get_client(sync_client=True) as client:
+        logged = way_on("train", client.read_flow_run(uuid.UUID(flow_run)))
+    ask(f"{prefect_api}/flow_runs/{flow_run}/set_state", {"state": {"type": "FAILED", "message": "no such image"}})
 
-    assert received("stalled")["run"] == "silent"
-    assert "training of iteration 3" in received("stalled")["text"]
-    assert [body["run"] for body in posts[1] if body["alert"] == "stalled"] == ["silent"]
+    posted = received(alert="failed", flow_run_id=f"prefect.flow-run.{flow_run}")["resume"]
+
+    command = f"moe-replay resume {run.format(own=own)}" if run else None
+    assert posted == (command or RETRY)
+    assert logged == (f"{command}, or {RETRY}" if command else RETRY)
 
 
-def test_a_stability_alarm_is_posted_with_metric_and_bound(
-    installed: list[str], received: Received, prefect_api: str
-) -> None:
+def test_a_stability_alarm_is_posted_with_metric_and_bound(received: Received, prefect_api: str) -> None:
     told = {"run": "shaky", "iteration": 7, "metric": "mismatch/kl_k3", "value": 0.5, "bound": 0.1}
-    emit(prefect_api, "moe-replay.stability-alarm", "moe-replay.run.shaky", 0, **told)
-    alert = received("stability")
+    ask(f"{prefect_api}/events", [event("moe-replay.stability-alarm", "3", 0, **told)])
+    alert = received(alert="stability")
     assert (alert["run"], alert["iteration"], alert["reason"]) == (
         "shaky",
         7,
@@ -145,17 +182,20 @@ def test_a_stability_alarm_is_posted_with_metric_and_bound(
     )
 
 
-def test_a_flow_run_without_a_sign_of_life_becomes_crashed(installed: list[str], prefect_api: str) -> None:
-    flow = ask(f"{prefect_api}/flows/", {"name": "train"})
-    run = ask(f"{prefect_api}/flow_runs/", {"flow_id": flow["id"], "state": {"type": "RUNNING"}})
-    emit(prefect_api, "prefect.flow-run.heartbeat", f"prefect.flow-run.{run['id']}", 85)
+def test_a_stage_that_falls_silent_is_posted_and_one_that_finished_is_not(
+    received: Received, posts: tuple[str, list[dict[str, Any]]]
+) -> None:
+    assert received(alert="stalled")["run"] == "silent"
+    assert "training of iteration 3" in received(alert="stalled")["text"]
+    assert {body["run"] for body in posts[1] if body["alert"] == "stalled"} == {"silent"}
 
-    deadline = time.monotonic() + 40
-    while True:
-        with urllib.request.urlopen(f"{prefect_api}/flow_runs/{run['id']}") as response:
-            state = json.load(response)["state"]
-        if state["type"] == "CRASHED":
-            break
+
+def test_a_flow_run_without_a_sign_of_life_becomes_crashed_unless_it_is_anothers(
+    past: dict[str, str], prefect_api: str
+) -> None:
+    deadline = time.monotonic() + LONGEST
+    while (state := ask(f"{prefect_api}/flow_runs/{past['train']}", method="GET")["state"])["type"] != "CRASHED":
         assert time.monotonic() < deadline, state
         time.sleep(0.3)
     assert "no sign of life" in state["message"]
+    assert ask(f"{prefect_api}/flow_runs/{past['another']}", method="GET")["state"]["type"] == "RUNNING"

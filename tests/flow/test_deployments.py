@@ -1,18 +1,17 @@
 """What `prefect deploy --all` makes of prefect.yaml, and a worker that serves it: real server, real worker."""
 
-import json
 import os
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from asking import ask, until
 from command import SMALL
 
 from moe_replay.config import EvaluationConfig, RolloutConfig, RunConfig, document_with
@@ -30,23 +29,6 @@ def prefect(*words: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def ask(url: str, body: Any = None, method: str = "POST") -> Any:
-    """Ask the Prefect server."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.loads(response.read() or b"null")
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    """Wait for a condition, and return what it gives."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}"
-        time.sleep(0.3)
-    return found
-
-
 @pytest.fixture(scope="module")
 def deployments(prefect_api: str, prefect_for_commands: None) -> dict[str, dict[str, Any]]:
     """What was deployed, by name."""
@@ -55,15 +37,31 @@ def deployments(prefect_api: str, prefect_for_commands: None) -> dict[str, dict[
     return {one["name"]: one for one in ask(f"{prefect_api}/deployments/filter", {})}
 
 
-@pytest.fixture(scope="module")
-def worker(deployments: dict, prefect_api: str, home: Path) -> Iterator[psutil.Process]:
+@contextmanager
+def at_work(log: Path) -> Iterator[psutil.Process]:
     """A worker of the pool `local`; stopped by its own process id."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local", "--install-policy", "never"]
-    with (home / "worker.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=REPOSITORY)
-    yield psutil.Process(process.pid)
-    process.terminate()
-    process.wait(60)
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=REPOSITORY)
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def first_worker(deployments: dict, home: Path) -> Iterator[psutil.Process]:
+    """Before the power cut."""
+    with at_work(home / "first-worker.log") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def worker(crashed: dict[str, Any], home: Path) -> Iterator[psutil.Process]:
+    """After the power cut."""
+    with at_work(home / "worker.log") as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +79,7 @@ def run_folder(parameters: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def scheduled(
-    deployments: dict, worker: psutil.Process, prefect_api: str, parameters: dict[str, Any], run_folder: Path
+    deployments: dict, first_worker: psutil.Process, prefect_api: str, parameters: dict[str, Any], run_folder: Path
 ) -> dict[str, Any]:
     """A flow run that a schedule has started, and that has trained an iteration."""
     url = f"{prefect_api}/deployments/{deployments['train']['id']}/schedules"
@@ -93,13 +91,43 @@ def scheduled(
 
 
 @pytest.fixture(scope="module")
-def cancelled(scheduled: dict[str, Any], worker: psutil.Process, prefect_api: str) -> list[psutil.Process]:
+def crashed(scheduled: dict[str, Any], first_worker: psutil.Process, prefect_api: str) -> dict[str, Any]:
+    """The flow run after a power cut, of which the automation of dead flow runs told (see test_alerts)."""
+    family = [first_worker, *first_worker.children(recursive=True)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=20)
+    flow_run = f"{prefect_api}/flow_runs/{scheduled['id']}"
+    assert ask(flow_run, method="GET")["state_type"] == "RUNNING"
+    ask(f"{flow_run}/set_state", {"state": {"type": "CRASHED", "message": "no sign of life"}})
+    return scheduled
+
+
+@pytest.fixture(scope="module")
+def retried(crashed: dict[str, Any], worker: psutil.Process, run_folder: Path, prefect_api: str) -> dict[Path, int]:
+    """Retry the flow run until it has trained an iteration more; when what was there before had been committed."""
+    before = commits(run_folder)
+    prefect("flow-run", "retry", crashed["id"])
+    trained = len([path for path in before if path.parent.name == "training"])
+    until((run_folder / f"iterations/{trained:05d}/training/_committed.json").exists, "the retried run trained nothing")
+    return before
+
+
+@pytest.fixture(scope="module")
+def cancelled(
+    crashed: dict[str, Any], retried: dict[Path, int], worker: psutil.Process, prefect_api: str
+) -> list[psutil.Process]:
     """The processes of a flow run that was cancelled in the UI's way."""
     family = worker.children(recursive=True)
-    ask(f"{prefect_api}/flow_runs/{scheduled['id']}/set_state", {"state": {"type": "CANCELLING"}})
-    state = f"{prefect_api}/flow_runs/{scheduled['id']}"
+    ask(f"{prefect_api}/flow_runs/{crashed['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    state = f"{prefect_api}/flow_runs/{crashed['id']}"
     until(lambda: ask(state, method="GET")["state_type"] == "CANCELLED", "the flow run was not cancelled")
     return family
+
+
+def commits(run_folder: Path) -> dict[Path, int]:
+    """What is committed, and when that was."""
+    return {path: path.stat().st_mtime_ns for path in run_folder.glob("iterations/*/[!_]*/_committed.json")}
 
 
 def flow_runs(api: str, deployment: dict[str, Any]) -> list[dict[str, Any]]:
@@ -158,6 +186,15 @@ def test_a_schedule_starts_a_run_that_trains_the_embedded_model(scheduled: dict[
     assert scheduled["name"] == "train-nightly"
 
 
+def test_a_flow_run_that_died_with_its_worker_goes_on_when_it_is_retried(
+    crashed: dict[str, Any], retried: dict[Path, int], run_folder: Path, prefect_api: str
+) -> None:
+    assert len(retried) >= 3
+    assert retried.items() < commits(run_folder).items(), "a committed stage ran again"
+    found = ask(f"{prefect_api}/flow_runs/{crashed['id']}", method="GET")
+    assert (found["name"], found["run_count"], found["state_type"]) == ("train-nightly", 2, "RUNNING")
+
+
 def test_cancel_stops_flow_and_engines_and_leaves_no_process_behind(
     cancelled: list[psutil.Process], worker: psutil.Process
 ) -> None:
@@ -173,7 +210,7 @@ def test_a_new_run_of_the_deployment_goes_on_where_the_cancelled_one_stopped(
     parameters: dict[str, Any],
     run_folder: Path,
 ) -> None:
-    kept = {path: path.stat().st_mtime_ns for path in run_folder.rglob("_committed.json")}
+    kept = commits(run_folder)
     assert 3 <= len(kept) < 4 * ITERATIONS, "cancelled too late to leave anything to be done"
 
     url = f"{prefect_api}/deployments/{deployments['train']['id']}/create_flow_run"
@@ -186,5 +223,5 @@ def test_a_new_run_of_the_deployment_goes_on_where_the_cancelled_one_stopped(
     )
 
     assert final["type"] == "COMPLETED", final["message"]
-    assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "a committed stage ran again"
-    assert len(list(run_folder.glob("iterations/*/[!_]*/_committed.json"))) == 4 * ITERATIONS
+    assert kept.items() < commits(run_folder).items(), "a committed stage ran again"
+    assert len(commits(run_folder)) == 4 * ITERATIONS

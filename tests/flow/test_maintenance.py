@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
+
+from asking import ask
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import STAGES
@@ -29,10 +30,8 @@ def test_gc_shows_first_and_removes_when_it_is_told_to(tmp_path: Path, prefect_a
 
     subprocess.run([sys.executable, "-c", CLEAN, str(tmp_path)], check=True, timeout=200, env=dict(os.environ))
 
-    body = json.dumps({"artifacts": {"key": {"any_": ["archive-gc"]}}, "sort": "CREATED_DESC"}).encode()
-    request = urllib.request.Request(f"{prefect_api}/artifacts/filter", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as response:
-        last, second, first = json.load(response)[:3]
+    wanted = {"artifacts": {"key": {"any_": ["archive-gc"]}}, "sort": "CREATED_DESC"}
+    last, second, first = ask(f"{prefect_api}/artifacts/filter", wanted)[:3]
     rows = [
         {
             "name": "run-1/iterations/00000/training/checkpoint",

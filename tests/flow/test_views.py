@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from asking import checkpoints, mlflow, mlflow_steps, post, tasks_of
+from asking import ask, checkpoints, mlflow, mlflow_steps, tasks_of
 from command import SMALL
 
 from moe_replay.archive.artifacts import RunStore
@@ -59,8 +59,8 @@ def test_mlflow_and_prefect_lead_to_each_other_and_to_storage(
     exact_run: tuple[Path, dict[str, Any]], prefect_api: str
 ) -> None:
     folder, said = exact_run
-    (flow_run,) = post(f"{prefect_api}/flow_runs/filter", {"flow_runs": {"name": {"any_": ["train-exact"]}}})[-1:]
-    overview = post(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["run-exact"]}}})[-1]["data"]
+    (flow_run,) = ask(f"{prefect_api}/flow_runs/filter", {"flow_runs": {"name": {"any_": ["train-exact"]}}})[-1:]
+    overview = ask(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["run-exact"]}}})[-1]["data"]
     tracked = mlflow().get_run(said["mlflow_run_id"])
     page = f"{prefect_api.removesuffix('/api')}/runs/flow-run/{tracked.data.tags['prefect.flow_run']}"
 
@@ -83,7 +83,7 @@ def test_prefect_shows_iterations_with_their_stages_and_the_results_table(
     exact_run: tuple[Path, dict[str, Any]], prefect_api: str
 ) -> None:
     names = {task["name"] for task in tasks_of(prefect_api, ["exact-0", "exact-1"])}
-    tables = post(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["results-exact"]}}})
+    tables = ask(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["results-exact"]}}})
 
     assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} <= names
     rows = json.loads(tables[-1]["data"])

@@ -32,6 +32,9 @@ def test_more_iterations_are_refused_until_they_are_allowed(config):
         go_on(config, iterations=8)
     run = go_on(config, "iterations", iterations=8)
     assert list(run.plan.iterations) == list(range(8))
+    # As a retry of the first flow run would.
+    with pytest.raises(ConfigError, match=r"\(8 -> 5\); .*moe-replay resume run-1, or a new run of the deployment"):
+        go_on(config)
     assert RunPlan.stored(run.store()) == run.plan.model_copy(
         update={"config": overridden(run.config, {"storage.root": None})}
     )

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that fails on purpose, and counts what passes.
+"""A proxy in front of a server, of S3 or of Prefect, that fails on purpose, and counts what passes.
 
 It serves one request a connection, passes on the Host header (signatures cover it), and asks its plan before each
 request whether to pass it on or to fail, and how.
@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Fault(Enum):
-    """A way to fail without an answer of S3."""
+    """A way to fail without an answer of the server."""
 
     RESET_BEFORE = "the connection is reset before the body is taken"
     RESET_IN_REQUEST = "the connection is reset in the middle of the request's body"
