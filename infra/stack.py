@@ -152,6 +152,7 @@ def _servers(home: Path, stack: Stack) -> dict[str, Server]:
     """How each service is started, in the order of starting."""
     ports = _PORTS | stack.ports
     start_worker = [sys.executable, "-m", "prefect", "worker", "start"]
+    worker_options = ["--install-policy", "never", "--with-healthcheck"]
     s3 = Server(
         "s3",
         ports["s3"],
@@ -167,7 +168,8 @@ def _servers(home: Path, stack: Stack) -> dict[str, Server]:
         ports["worker"],
         "WORKER_PORT",
         "/health",
-        [*start_worker, "--pool", WORK_POOL, "--name", WORK_POOL, "--install-policy", "never", "--with-healthcheck"],
+        # One flow run at a time, of whichever deployment: two would share the device that each takes for its own.
+        [*start_worker, "--pool", WORK_POOL, "--name", WORK_POOL, "--limit", "1", *worker_options],
         client_environment(home, stack)
         | {
             "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",

@@ -41,7 +41,7 @@ def ask(url: str, body: Any = None, method: str = "POST") -> Any:
         return json.loads(response.read() or b"null")
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
     """Wait for a condition, and return what it gives."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

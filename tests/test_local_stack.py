@@ -64,6 +64,7 @@ def test_the_stack_serves_a_run_survives_the_loss_of_services_and_leaves_nothing
     assert (tmp_path / "stack" / "env").stat().st_mode & 0o077 == 0
     assert not any(client["AWS_SECRET_ACCESS_KEY"] in word for p in processes_of(tmp_path) for word in p.cmdline())
     assert deployments(client["PREFECT_API_URL"]) >= {"train"}
+    assert "--limit 1" in " ".join(read(tmp_path).leader("worker").cmdline())
     # As from another machine: the run's own home is not the stack's.
     client |= {"MOE_REPLAY_HOME": str(home), "PREFECT_HOME": str(home / "prefect")}
     run = run_json("run", "--run-id=small", "--iterations=1", "--root=s3://runs/test", settings=SMALL, **client)

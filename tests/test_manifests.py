@@ -60,6 +60,16 @@ def test_published_ports_of_compose_stay_on_loopback_unless_told_otherwise() -> 
     assert all(port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for port in published)
 
 
+def test_a_worker_that_runs_flows_on_its_own_machine_runs_one_at_a_time() -> None:
+    compose = yaml.safe_load((INFRA / "compose" / "compose.yaml").read_text())
+    command = compose["services"]["worker"]["command"]
+    assert command[command.index("--limit") + 1] == "1"
+    documents = [REPOSITORY / "prefect.yaml", *(REPOSITORY / "docs").glob("*.md")]
+    told = [line for path in documents for line in path.read_text().splitlines() if "worker start --pool" in line]
+    assert len(told) == 3
+    assert all("--limit 1" in line for line in told)
+
+
 def test_every_image_has_a_version_and_ours_is_the_projects() -> None:
     compose = yaml.safe_load((INFRA / "compose" / "compose.yaml").read_text())
     cuda = yaml.safe_load((INFRA / "compose" / "cuda.yaml").read_text())

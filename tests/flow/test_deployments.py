@@ -39,10 +39,12 @@ def deployments(prefect_api: str, prefect_for_commands: None) -> dict[str, dict[
 
 @contextmanager
 def at_work(log: Path) -> Iterator[psutil.Process]:
-    """A worker of the pool `local`; stopped by its own process id."""
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local", "--install-policy", "never"]
+    """A worker of the pool `local` as the documents start it; stopped by its own process id."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"]
+    command += ["--limit", "1", "--install-policy", "never"]
+    environment = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "5"}
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=REPOSITORY)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=REPOSITORY, env=environment)
     try:
         yield psutil.Process(process.pid)
     finally:
@@ -114,8 +116,23 @@ def retried(crashed: dict[str, Any], worker: psutil.Process, run_folder: Path, p
 
 
 @pytest.fixture(scope="module")
+def waiting(retried: dict[Path, int], deployments: dict, prefect_api: str, run_folder: Path) -> dict[str, Any]:
+    """A flow run of another deployment, as it was once the worker had been told of it beside the retried one."""
+    url = f"{prefect_api}/deployments/{deployments['archive-gc']['id']}/create_flow_run"
+    created = ask(url, {"parameters": {"root": run_folder.parent.as_uri()}, "state": {"type": "SCHEDULED"}})
+    for _ in range(2):  # the first may have been asked for before
+        polled = last_polled(prefect_api)
+        until(lambda polled=polled: last_polled(prefect_api) != polled, "the worker asked for no further flow runs")
+    return ask(f"{prefect_api}/flow_runs/{created['id']}", method="GET")
+
+
+@pytest.fixture(scope="module")
 def cancelled(
-    crashed: dict[str, Any], retried: dict[Path, int], worker: psutil.Process, prefect_api: str
+    crashed: dict[str, Any],
+    retried: dict[Path, int],
+    waiting: dict[str, Any],
+    worker: psutil.Process,
+    prefect_api: str,
 ) -> list[psutil.Process]:
     """The processes of a flow run that was cancelled in the UI's way."""
     family = worker.children(recursive=True)
@@ -128,6 +145,11 @@ def cancelled(
 def commits(run_folder: Path) -> dict[Path, int]:
     """What is committed, and when that was."""
     return {path: path.stat().st_mtime_ns for path in run_folder.glob("iterations/*/[!_]*/_committed.json")}
+
+
+def last_polled(api: str) -> str | None:
+    """When a worker last asked for flow runs."""
+    return ask(f"{api}/work_pools/local/queues/default", method="GET")["last_polled"]
 
 
 def flow_runs(api: str, deployment: dict[str, Any]) -> list[dict[str, Any]]:
@@ -203,6 +225,14 @@ def test_cancel_stops_flow_and_engines_and_leaves_no_process_behind(
     assert worker.is_running()
 
 
+def test_flow_runs_of_two_deployments_have_the_machine_one_after_the_other(
+    waiting: dict[str, Any], cancelled: list[psutil.Process], prefect_api: str
+) -> None:
+    assert waiting["state_type"] == "SCHEDULED"
+    state = f"{prefect_api}/flow_runs/{waiting['id']}"
+    until(lambda: ask(state, method="GET")["state_type"] == "COMPLETED", "the flow run that waited did not complete")
+
+
 def test_a_new_run_of_the_deployment_goes_on_where_the_cancelled_one_stopped(
     cancelled: list[psutil.Process],
     deployments: dict[str, dict[str, Any]],
@@ -219,7 +249,6 @@ def test_a_new_run_of_the_deployment_goes_on_where_the_cancelled_one_stopped(
     final = until(
         lambda: (s := ask(state, method="GET")["state"])["type"] in ("COMPLETED", "FAILED", "CRASHED") and s,
         "the new flow run did not end",
-        200,
     )
 
     assert final["type"] == "COMPLETED", final["message"]
