@@ -131,6 +131,7 @@ def track_evaluation(evaluation: Evaluation) -> str:
     logged = {name: client.get_metric_history(run_id, name) for name in metrics}
     missing = {n: v for n, v in metrics.items() if iteration not in {point.step for point in logged[n]}}
     points = [Metric(name, value, moment, iteration) for name, value in sorted(missing.items())]
+    require_lease(run.store())
     client.log_batch(run_id, metrics=points)
     client.set_terminated(run_id, "FINISHED")
     return run_id
