@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from command import SMALL, run_json
+from prefect_server import free_port
 
 from infra.stack_state import Stack, read, save, write_secret
 from moe_replay.tiny import EmbeddedAssets
@@ -155,9 +156,3 @@ def deployments(api: str) -> set[str]:
     request = urllib.request.Request(f"{api}/deployments/filter", b"{}", {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return {deployment["name"] for deployment in json.load(answer)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

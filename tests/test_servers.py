@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -60,9 +59,3 @@ def test_prefect_server_of_a_run_ends_with_the_process_that_started_it(tmp_path:
 
     assert family
     assert psutil.wait_procs(family, timeout=10)[1] == []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

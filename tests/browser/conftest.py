@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from command import SMALL, arguments
 from page import Browser, Shown, open_browser
+from prefect_server import free_port
 
 _SETTINGS = {**SMALL, "rollout.prompts": 16, "evaluation.samples": 2}
 
@@ -64,10 +64,3 @@ def browser(shown: Shown) -> Iterator[Browser]:
     folder = os.environ.get("SCREENSHOTS")
     with open_browser(shown, Path(folder) if folder else None) as opened:
         yield opened
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

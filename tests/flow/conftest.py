@@ -1,12 +1,5 @@
 """A real Prefect server on loopback for the tests of flows."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,39 +7,16 @@ from typing import Any
 import pytest
 from command import EXACT, run_json
 from compared_runs import Compared, compare_methods
+from prefect_server import serving_prefect
 
 from moe_replay.tiny import EmbeddedAssets
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def prefect_api(home: Path, assets: EmbeddedAssets) -> Iterator[str]:
-    """URL of a Prefect server's API. Stopped by its own process id."""
-    port = free_port()
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    url = f"http://127.0.0.1:{port}/api"
-    with (home / "prefect-server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=2):
-                    break
-            except (urllib.error.URLError, OSError):
-                assert server.poll() is None, (home / "prefect-server.log").read_text()
-                assert time.monotonic() < deadline, "the Prefect server did not start within 120 s"
-                time.sleep(0.3)
+    """URL of the API of a Prefect server."""
+    with serving_prefect(home / "prefect") as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 @pytest.fixture(scope="module", autouse=True)

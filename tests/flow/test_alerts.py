@@ -18,6 +18,7 @@ from asking import ask
 from command import run_json, start
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect_server import serving_prefect
 
 from tasks.alerts import install_alerts
 from tasks.failures import way_on
@@ -29,6 +30,13 @@ RETRY = "retry it in the Prefect UI"
 LONGEST = 240
 """Seconds that an alert may take: where events come late, the server looks two minutes after for what is overdue."""
 Received = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def prefect_api(home: Path) -> Iterator[str]:
+    """A server of its own: automations watch, and slow down, all that runs on theirs."""
+    with serving_prefect(home / "watched") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
