@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+from prefect_server import free_port
 
 
 def test_ui_serves_both_and_ends_them_when_terminated(tmp_path: Path) -> None:
