@@ -32,6 +32,8 @@ def set_defaults() -> None:
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         # In memory, leases of concurrency limits would be lost whenever the server restarts.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # Signs of life, from which the automation of `alerts install` tells flow runs whose process was killed.
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # The first start of Prefect's own temporary server makes its database.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "DO_NOT_TRACK": "1",

@@ -16,13 +16,17 @@ _came = threading.Event()
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Leave with KeyboardInterrupt when an interrupt came inside, whatever was made of it. For the main thread."""
-    before = signal.signal(signal.SIGINT, _remember)
+    """Leave with KeyboardInterrupt when an interrupt came inside, whatever was made of it. For the main thread.
+
+    SIGTERM, with which schedulers and containers end a process, is an interrupt too.
+    """
+    before = {number: signal.signal(number, _remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with interrupts_kept():
             yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         _came.clear()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from rich.console import Console
 
@@ -24,6 +25,7 @@ MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 """Where `serve` puts them by default."""
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
+_ASKED_TIMES = 4
 _PR_SET_PDEATHSIG = 1
 _NAMED_BY = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
@@ -102,13 +104,44 @@ def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> 
             _stop(process)
 
 
+def require_named_servers() -> None:
+    """Raise ConfigError when a server that MLFLOW_TRACKING_URI or PREFECT_API_URL names does not answer."""
+    for name, variable in _NAMED_BY.items():
+        address = os.environ.get(variable, "")
+        if address.startswith(("http://", "https://")) and not _answers(address):
+            parts = urlsplit(address)
+            shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+            raise ConfigError(
+                f"no {name} server answers at {shown}, which {variable} names; start it (make up, or moe-replay ui), "
+                "or unset the variable"
+            )
+
+
+def _answers(address: str) -> bool:
+    """Whether anything speaks HTTP there, be it to refuse us; a server that starts or is busy has a while."""
+    for attempt in range(_ASKED_TIMES):
+        if attempt:
+            time.sleep(1)
+        try:
+            with urllib.request.urlopen(address, timeout=10):  # noqa: S310 (http)
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except (OSError, http.client.HTTPException):
+            continue
+    return False
+
+
 @contextmanager
 def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
     """A Prefect server for this process alone, named to Prefect by PREFECT_API_URL, unless the user named one.
 
+    Raises ConfigError when a server that the user named, this one or MLflow's, does not answer.
+
     Yields a function that waits until it answers. Enter it before Prefect is imported. Prefect's own temporary server
     shares our terminal's Ctrl-C, so that it is gone when the interrupted run reports to it, and outlives a SIGKILL.
     """
+    require_named_servers()
     if os.environ.get("PREFECT_API_URL"):
         yield lambda: None
         return

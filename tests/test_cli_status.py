@@ -8,10 +8,13 @@ from itertools import pairwise
 import pytest
 from run_samples import CONFIG
 
+from moe_replay.alarm import Excess
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.lease import holding
 from moe_replay.cli import status as module
 from moe_replay.cli.app import app
+from moe_replay.errors import ConfigError
+from moe_replay.stages.decisions import BatchAlarms
 
 STAGES = ("rollout", "routes", "training", "evaluation")
 
@@ -29,7 +32,7 @@ def root_of(store: RunStore) -> str:
 
 
 def look(store: RunStore, *words: str) -> None:
-    app(["status", "run-1", "--root", root_of(store), *words], result_action="return_value")
+    app(["status", "run-1", "--root", root_of(store), *words], exit_on_error=False, result_action="return_value")
 
 
 def watch(store: RunStore, *words: str) -> None:
@@ -76,3 +79,32 @@ def test_a_run_that_nobody_works_on_says_how_to_go_on(store, capsys):
     said = capsys.readouterr().out
     assert "next: routes of iteration 0, of 2 iterations; " in said
     assert f"resume run-1 --root {root_of(store)}\n" in said
+
+
+def test_a_run_that_is_paused_is_not_said_to_be_at_work(store, capsys):
+    raise_alarm(store)
+    with holding(store.folder, print):
+        look(store)
+    said = capsys.readouterr().out
+    assert "training of iteration 0 waits for a decision: mismatch/kl_k3 = 1 is beyond the bound of 0.5" in said
+    assert "at work" not in said
+
+
+def test_watching_ends_at_a_decision_that_nobody_but_the_user_takes(store, capsys):
+    raise_alarm(store)
+    look(store, "--watch")
+    assert "resume run-1 --root " in capsys.readouterr().out
+
+
+def test_a_run_that_is_being_prepared_is_told_from_one_that_is_not_there(tmp_path, capsys):
+    store = RunStore(str(tmp_path), "run-1")
+    with holding(store.folder, print), pytest.raises(ConfigError, match=r"is not there yet: .* prepares it"):
+        look(store)
+    with pytest.raises(ConfigError, match="there is no run run-1"):
+        look(store, "--watch")
+
+
+def raise_alarm(store: RunStore) -> None:
+    rollout = store.begin("rollout", 0, {}, "d").commit()
+    store.begin("routes", 0, {"rollout": rollout}, "d").commit()
+    BatchAlarms(store, 0, rollout).raise_alarm(Excess("mismatch/kl_k3", 1.0, 0.5))

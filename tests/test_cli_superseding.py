@@ -60,9 +60,18 @@ def test_on_a_terminal_it_is_asked_first(store, monkeypatch, capsys, answer, lef
     assert number_committed(store) == left
 
 
-def test_nobody_is_asked_elsewhere_or_when_it_is_agreed(store, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    supersede_from(store, "training", 1, agreed=False)
+def test_where_nobody_can_be_asked_it_has_to_be_agreed_beforehand(store, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(ConfigError, match="--yes"):
+        supersede_from(store, "training", 1, agreed=False)
+    assert (number_committed(store), generation_of(store)) == (7, 0)
+    capsys.readouterr()
+    supersede_from(store, "training", 0, agreed=True, quiet=True)
+    assert number_committed(store) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_nobody_is_asked_when_it_is_agreed(store, monkeypatch):
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     supersede_from(store, "training", 0, agreed=True)
     assert number_committed(store) == 2

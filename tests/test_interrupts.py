@@ -26,6 +26,13 @@ def test_error_that_an_interrupt_became_is_an_interrupt() -> None:
         interrupted_while_cleaning_up()
 
 
+def test_a_process_that_is_asked_to_end_is_interrupted() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_one_run_of_many_that_was_interrupted_is_no_failed_run() -> None:
     failed = []
 

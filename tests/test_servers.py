@@ -9,7 +9,11 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import pytest
 from prefect_server import free_port
+
+from moe_replay import servers
+from moe_replay.errors import ConfigError
 
 
 def test_ui_serves_both_and_ends_them_when_terminated(tmp_path: Path) -> None:
@@ -60,3 +64,16 @@ def test_prefect_server_of_a_run_ends_with_the_process_that_started_it(tmp_path:
 
     assert family
     assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+@pytest.mark.parametrize("variable", ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"])
+def test_a_server_that_is_named_and_does_not_answer_is_told_at_once_and_without_its_password(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "_ASKED_TIMES", 1)
+    monkeypatch.setenv(variable, f"http://me:secret@127.0.0.1:{free_port()}/api")
+    with pytest.raises(
+        ConfigError, match=rf"no \w+ server answers at http://127.0.0.1:\d+/api, which {variable}"
+    ) as told:
+        servers.require_named_servers()
+    assert "secret" not in str(told.value)

@@ -83,7 +83,7 @@ def leftovers_of(found: dict[str, Files], prefix: str, why: str, before: datetim
             paths = tuple(f"{prefix}{path}" for path in sorted(files))
             removable.append(Removable(name, why, paths, sum(file.size for file in files.values())))
         else:
-            left_alone.append(f"{name}: written to since {before:%Y-%m-%d %H:%M} UTC, perhaps by a live writer")
+            left_alone.append(f"{name}: written to after {before:%Y-%m-%d %H:%M} UTC, perhaps by a live writer")
     return Findings(removable, left_alone)
 
 

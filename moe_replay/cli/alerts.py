@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from moe_replay.cli.console import Json, out
 from moe_replay.errors import ConfigError
+from moe_replay.servers import require_named_servers
 
 WEBHOOK = "MOE_REPLAY_ALERT_WEBHOOK"
 """Environment variable with the webhook's URL, which often is a credential."""
@@ -32,6 +33,7 @@ def install(*, stalled_after: timedelta = timedelta(hours=1), json_: Json = Fals
     webhook = os.environ.get(WEBHOOK) or None
     if webhook is not None and (urlsplit(webhook).scheme not in ("http", "https") or not urlsplit(webhook).netloc):
         raise ConfigError(f"{WEBHOOK} holds no http:// or https:// URL; give the webhook's whole URL")
+    require_named_servers()
     from tasks.alerts import install_alerts
 
     installed = install_alerts(webhook, stalled_after)

@@ -52,7 +52,10 @@ def fork(
     if json_:
         print(json.dumps({"run_id": name, "root": made.root, "forked_from": run_id, "first_iteration": iteration}))
         return
-    _say(f"run {name} goes on from iteration {iteration} of run {run_id}\nnext:  {command_name()} resume {named}")
+    _say(
+        f"run {name} goes on from iteration {iteration} of run {run_id}, whose checkpoint of iteration {iteration - 1} "
+        f"it needs until it has trained: keep that from archive gc\nnext:  {command_name()} resume {named}"
+    )
 
 
 def _say(told: str) -> None:

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_replay.archive.artifacts import RunStore, StageStatus
-from moe_replay.archive.claims import Claim
-from moe_replay.cli.console import Json, Root, command_name, out, root_of
+from moe_replay.archive.claims import Claim, find_holder
+from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
+from moe_replay.errors import ConfigError
 from moe_replay.stages.overview import RunOverview
 
 _LOOK_AGAIN_SECONDS = 2.0
@@ -36,10 +37,11 @@ def status(
     run_id
         The run.
     watch
-        Go on looking until the run is complete. Where output is no terminal, a line is printed for each stage as it is
-        committed; with --json an object for each change.
+        Go on looking until the run is complete, or waits for a decision and nobody works on it. Where output is no
+        terminal, a line is printed for each stage as it is committed; with --json an object for each change.
     """
     store = RunStore(root_of(root), run_id)
+    _await_creation(store, watch)
     named = f"{run_id} --root {root}" if root else run_id
     seen = RunOverview.of(store)
     if json_:
@@ -58,10 +60,20 @@ def status(
         _print_lines(_looks(store, seen), named)
 
 
+def _await_creation(store: RunStore, watch: bool) -> None:
+    """Wait for a run that somebody prepares, or without `watch` say that; the rest is for who reads it."""
+    while not store.exists() and (holder := find_holder(store.folder)):
+        told = f"run {store.run_id} is not there yet: {holder.runner} prepares it"
+        if not watch:
+            raise ConfigError(f"{told}; look again in a while, or with --watch")
+        err.print(told, highlight=False, markup=False, soft_wrap=True)
+        time.sleep(_LOOK_AGAIN_SECONDS)
+
+
 def _looks(store: RunStore, seen: RunOverview) -> Iterator[RunOverview]:
-    """The run now and every other moment, until it is over or the user has seen enough."""
+    """The run now and every other moment, until nothing more comes of it or the user has seen enough."""
     yield seen
-    while not seen.is_over:
+    while not (seen.is_over or seen.is_stopped):
         time.sleep(_LOOK_AGAIN_SECONDS)
         seen = RunOverview.of(store, seen)
         yield seen
@@ -136,7 +148,10 @@ def _told(seen: RunOverview, named: str, with_heartbeat: bool = True) -> Iterato
     if running := _running(seen.runner):
         heartbeat = f", heartbeat {running['heartbeat_seconds_ago']:.0f} s ago" if with_heartbeat else ""
         yield Text("running: {host} pid {pid} since {since}".format(**running) + heartbeat)
-        if at:
+        if at and seen.alarm:
+            answer = "answer in Prefect (Resume of the paused flow run), or cancel that and resume with --decide"
+            yield Text(f"{at} waits for a decision: {seen.alarm.reason}; {answer}")
+        elif at:
             yield Text(f"at work: {at}")
     elif seen.alarm and seen.plan:
         actions = "|".join(seen.alarm.actions(seen.plan.config.method))

@@ -12,10 +12,10 @@ from moe_replay.holding import require_lease
 from moe_replay.plan import RunPlan
 
 
-def supersede_from(store: RunStore, stage: str, iteration: int, agreed: bool) -> None:
-    """Say what is taken back, ask on a terminal unless it is `agreed`, and take it back.
+def supersede_from(store: RunStore, stage: str, iteration: int, agreed: bool, quiet: bool = False) -> None:
+    """Say what is taken back, ask unless it is `agreed`, and take it back.
 
-    Raises ConfigError where the run has no such stage, it could not be made again, or the answer is no.
+    Raises ConfigError where the run has no such stage, it could not be made again, or nobody agrees.
     """
     plan = RunPlan.stored(store)
     if iteration not in plan.iterations:
@@ -27,17 +27,25 @@ def supersede_from(store: RunStore, stage: str, iteration: int, agreed: bool) ->
         raise ConfigError(f"iteration {iteration} of run {store.run_id} has no stage {stage!r}; it has {has}")
     found = made_from(store, stage, iteration)
     if not found:
-        _say(f"{stage} of iteration {iteration} is not committed: nothing to supersede, the run goes on")
+        if not quiet:
+            _say(f"{stage} of iteration {iteration} is not committed: nothing to supersede, the run goes on")
         return
     require_remakeable(store, found)
-    _say(f"supersedes {_described(found)}; `archive gc` keeps {'them' if len(found) > 1 else 'it'} for a while")
-    if not agreed and sys.stdin.isatty():
-        _say("go on? [y/N] ", end="")
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise ConfigError("not confirmed, so nothing was superseded; --yes answers beforehand")
+    if not (quiet and agreed):
+        _say(f"supersedes {_described(found)}; `archive gc` keeps {'them' if len(found) > 1 else 'it'} for a while")
+    if not agreed:
+        _require_agreement()
     # The answer may have taken so long that another runner went on.
     require_lease(store)
     supersede(store, found)
+
+
+def _require_agreement() -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("nobody can be asked here, so nothing was superseded; agree beforehand with --yes")
+    _say("go on? [y/N] ", end="")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigError("not confirmed, so nothing was superseded; --yes answers beforehand")
 
 
 def _described(found: Sequence[Artifact]) -> str:

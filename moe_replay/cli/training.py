@@ -2,6 +2,8 @@
 
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Quiet, Root, Settings, root_of
 from moe_replay.cli.running import holding_from_here, train_here
 from moe_replay.config import RunConfig, load_config, overridden, parse_override
-from moe_replay.errors import ConfigError
+from moe_replay.errors import ConfigError, RunInUse
 
 AllowConfigChange = Annotated[
     list[str] | None,
@@ -90,7 +92,7 @@ def resume(
     iteration
         Of --from-stage, counted from 0.
     yes
-        Supersede without asking.
+        Supersede without asking; needed where nobody can be asked.
     """
     from moe_replay.cli.superseding import supersede_from
     from moe_replay.plan import stored_config
@@ -108,14 +110,28 @@ def resume(
             "--decide is for the batch that waits, and --from-stage takes back what was decided; go back first, and "
             "decide when the alarm is raised again"
         )
-    with holding_from_here(config, run_id):
+    with _told_of_pause(decide), holding_from_here(config, run_id):
         # What could not go on afterwards is told before anything is decided or taken back.
         preflight(config, run_id, allowed)
         if decide is not None:
             _decide(store, config, decide)
         if from_stage is not None and iteration is not None:
-            supersede_from(store, from_stage, iteration, yes)
+            supersede_from(store, from_stage, iteration, yes, quiet)
         train_here(config, run_id, allowed, json_, quiet)
+
+
+@contextmanager
+def _told_of_pause(decide: Action | None) -> Iterator[None]:
+    """Say where a flow run that is paused is answered, to who wants to decide from here."""
+    try:
+        yield
+    except RunInUse as error:
+        if decide is None:
+            raise
+        raise RunInUse(
+            f"{error}; if that is a flow run which is paused for the decision, answer in Prefect (Resume), or cancel "
+            "it and repeat this"
+        ) from error
 
 
 def _decide(store: RunStore, config: RunConfig, action: Action) -> None:

@@ -56,6 +56,11 @@ class RunOverview(NamedTuple):
         """Whether nothing more is to come."""
         return self.plan is not None and self.following is None and self.runner is None
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a batch waits for a decision and nobody works on the run."""
+        return self.alarm is not None and self.runner is None
+
 
 def _has(plan: RunPlan | None, document: dict[str, Any], iteration: int, stage: StageStatus) -> bool:
     """Whether a stage is one of the run's; what is committed always is."""
