@@ -1,6 +1,7 @@
 """What Prefect, MLflow and the engines must find in the environment before they are imported."""
 
 import os
+import sys
 from pathlib import Path
 
 from moe_replay.config import home_folder
@@ -46,5 +47,8 @@ def set_defaults() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "NO_PROXY": "127.0.0.1,localhost",
     }
+    if not sys.stderr.isatty():
+        # Bars of Hugging Face's libraries are for people.
+        defaults["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
