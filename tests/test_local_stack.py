@@ -49,6 +49,7 @@ def shell(tmp_path: Path) -> Iterator[dict[str, str]]:
     stack("down", environment)
 
 
+@pytest.mark.slow
 def test_the_stack_serves_a_run_survives_the_loss_of_services_and_leaves_nothing_behind(
     shell: dict[str, str], tmp_path: Path, home: Path, assets: EmbeddedAssets
 ) -> None:

@@ -190,6 +190,7 @@ def test_a_stability_alarm_is_posted_with_metric_and_bound(received: Received, p
     )
 
 
+@pytest.mark.slow
 def test_a_stage_that_falls_silent_is_posted_and_one_that_finished_is_not(
     received: Received, posts: tuple[str, list[dict[str, Any]]]
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_stage_that_falls_silent_is_posted_and_one_that_finished_is_not(
     assert {body["run"] for body in posts[1] if body["alert"] == "stalled"} == {"silent"}
 
 
+@pytest.mark.slow
 def test_a_flow_run_without_a_sign_of_life_becomes_crashed_unless_it_is_anothers(
     past: dict[str, str], prefect_api: str
 ) -> None:

@@ -49,7 +49,10 @@ def at_work(log: Path) -> Iterator[psutil.Process]:
         yield psutil.Process(process.pid)
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +212,7 @@ def test_a_schedule_starts_a_run_that_trains_the_embedded_model(scheduled: dict[
     assert scheduled["name"] == "train-nightly"
 
 
+@pytest.mark.slow
 def test_a_flow_run_that_died_with_its_worker_goes_on_when_it_is_retried(
     crashed: dict[str, Any], retried: dict[Path, int], run_folder: Path, prefect_api: str
 ) -> None:
@@ -218,6 +222,7 @@ def test_a_flow_run_that_died_with_its_worker_goes_on_when_it_is_retried(
     assert (found["name"], found["run_count"], found["state_type"]) == ("train-nightly", 2, "RUNNING")
 
 
+@pytest.mark.slow
 def test_cancel_stops_flow_and_engines_and_leaves_no_process_behind(
     cancelled: list[psutil.Process], worker: psutil.Process
 ) -> None:
@@ -226,6 +231,7 @@ def test_cancel_stops_flow_and_engines_and_leaves_no_process_behind(
     assert worker.is_running()
 
 
+@pytest.mark.slow
 def test_flow_runs_of_two_deployments_have_the_machine_one_after_the_other(
     waiting: dict[str, Any], cancelled: list[psutil.Process], prefect_api: str
 ) -> None:
@@ -234,6 +240,7 @@ def test_flow_runs_of_two_deployments_have_the_machine_one_after_the_other(
     until(lambda: ask(state, method="GET")["state_type"] == "COMPLETED", "the flow run that waited did not complete")
 
 
+@pytest.mark.slow
 def test_a_new_run_of_the_deployment_goes_on_where_the_cancelled_one_stopped(
     cancelled: list[psutil.Process],
     deployments: dict[str, dict[str, Any]],

@@ -114,6 +114,7 @@ def test_a_deployed_run_pauses_with_the_reason_and_goes_on_as_was_decided_in_the
     assert (decision.action, decision.decided_by) == ("skip", "person")
 
 
+@pytest.mark.slow
 def test_a_paused_run_that_nobody_decides_on_fails_with_the_alarm(tmp_path: Path) -> None:
     run, batch = stopped(tmp_path, wait_seconds=1)
     flow_run = deployed(run.run_id)
@@ -125,6 +126,7 @@ def test_a_paused_run_that_nobody_decides_on_fails_with_the_alarm(tmp_path: Path
         assert "Paused" in [state.name for state in client.read_flow_run_states(below.id)]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_pause_pauses_again_when_it_is_retried(tmp_path: Path) -> None:
     run, batch = stopped(tmp_path)
     flow_run = deployed(run.run_id)
@@ -144,6 +146,7 @@ def test_a_run_killed_in_its_pause_pauses_again_when_it_is_retried(tmp_path: Pat
     assert [decision.action for decision in batch.decisions()] == ["skip"]
 
 
+@pytest.mark.slow
 def test_a_pause_outlasts_its_server(tmp_path: Path, prefect_api: str) -> None:
     run, batch = stopped(tmp_path)
     flow_run = deployed(run.run_id)
@@ -189,6 +192,7 @@ def test_a_rule_decides_at_once_and_is_shown_in_the_ui_and_emitted_as_an_event(t
     assert payload == {"run": run.run_id, "iteration": 2, **EXCESS._asdict()}
 
 
+@pytest.mark.slow
 def test_without_a_deployment_the_run_stops_and_after_falling_back_the_rule_decides_no_more(tmp_path: Path) -> None:
     run, batch = stopped(tmp_path, rule="fall_back")
     settled_alone(run, batch)
