@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from asking import tasks_of
+from asking import mlflow, tasks_of
 from command import EXACT, SMALL, run_json, start
 from compared_runs import Compared
 from kills import PATIENT, KilledRun
@@ -156,7 +156,7 @@ def test_a_run_killed_twice_goes_on_at_its_first_uncommitted_stage_to_the_same_b
     run.finish()
 
     assert [one.problem for one in run.kills] == [None, None]
-    assert run.problems(exact_run[0], MlflowClient(), 2) == []
+    assert run.problems(exact_run[0], mlflow(), 2) == []
 
 
 def test_interrupt_ends_everything_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
