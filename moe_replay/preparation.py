@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.layout import FORK_KEY
 from moe_replay.config import EMBEDDED, RunConfig, home_folder, run_root
 from moe_replay.config_changes import changed_document, check_changeable, require_same_config
 from moe_replay.data.prompts import PromptTable
@@ -19,7 +20,7 @@ from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
 from moe_replay.holding import require_lease
-from moe_replay.plan import FORK_KEY, ForkPoint, RunPlan
+from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.stages.run import DataFile, Run
 from moe_replay.tokenization import encode_prompt
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 from functools import partial
 
 from moe_replay.archive.artifacts import RunStore
+from moe_replay.archive.dependents import needed_by_forks
 from moe_replay.archive.leftovers import find_probes, find_unborn, runs_under
 from moe_replay.archive.removal import Findings, remove
 from moe_replay.archive.retention import Retention, find_removable
@@ -25,8 +26,9 @@ def searches(
         # A wrong name is told before anything is removed.
         with suppress(ArchiveCorrupt):
             RunStore(root, run).read_run()
+    needed = needed_by_forks(root)
     found: dict[str, Callable[[], Findings]] = {
-        run: partial(find_removable, RunStore(root, run), retention, grace) for run in runs or runs_under(root)
+        run: partial(find_removable, RunStore(root, run), retention, grace, needed) for run in runs or runs_under(root)
     }
     # A folder that never became a run can't be named.
     unborn = {} if runs else {UNBORN: partial(find_unborn, root, grace)}

@@ -4,9 +4,10 @@ Removing an artifact takes its objects and never its commit: what was made from 
 stay too. That they are gone is written down first (`placement`), so that a cleaning cut short looks like no damage.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 
 from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.layout import CHECKPOINT_FOLDER, COMMIT_FILE, IMPORTS_KEY, STAGES, RunLayout, superseded_stage
@@ -42,9 +43,14 @@ class Retention:
             raise ConfigError(f"an age of {self.older_than} is in the future; give one that is not negative")
 
 
-def find_removable(store: RunStore, retention: Retention = Retention(), grace: timedelta = GRACE) -> Findings:
+def find_removable(
+    store: RunStore,
+    retention: Retention = Retention(),
+    grace: timedelta = GRACE,
+    needed_elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> Findings:
     """What of a run may go: leftovers that nobody wrote to for `grace`, what was superseded that long ago, and what
-    `retention` gives up.
+    `retention` gives up; but for artifacts that are `needed_elsewhere`, run ids by sha256.
 
     Nothing is changed. A run whose document is damaged is left alone. Raises ConfigError when there is no such run.
     """
@@ -63,11 +69,18 @@ def find_removable(store: RunStore, retention: Retention = Retention(), grace: t
     found = unreferenced(files, artifacts, damaged, needed | kept_aside)
     leftovers = leftovers_of(found, prefix, "no commit refers to it", now - grace)
     claims = dead_claims(claims_in(files), prefix, now, grace)
-    aside = [_removable_aside(store, folder, one, files, needed, now - grace) for folder, one in superseded.items()]
+    free = {folder: one for folder, one in superseded.items() if one is None or one.ref.sha256 not in needed_elsewhere}
+    aside = [_removable_aside(store, folder, one, files, needed, now - grace) for folder, one in free.items()]
     kept_from = _kept_from(artifacts, imports)
-    given_up = {a.ref.uri: expiry for a, expiry in _given_up(artifacts, files, retention, now, kept_from)}
+    unwanted = list(_given_up(artifacts, files, retention, now, kept_from))
+    given_up = {a.ref.uri: expiry for a, expiry in unwanted if a.ref.sha256 not in needed_elsewhere}
     expiring = [_expiring(artifact, given_up.get(artifact.ref.uri), files) for artifact in artifacts]
     kept = [f"{prefix}{uri}: its commit or objects are damaged; see moe-replay archive verify" for uri in damaged]
+    kept += [
+        f"{prefix}{one.ref.uri}: run {needed_elsewhere[one.ref.sha256]}, which was forked from it, still needs it"
+        for one in [*(a for a, _ in unwanted), *(a for a in superseded.values() if a)]
+        if one.ref.sha256 in needed_elsewhere
+    ]
     found = Findings.joined([leftovers, claims, *aside])
     return Findings([*found.removable, *filter(None, expiring)], [*kept, *found.left_alone])
 

@@ -54,7 +54,8 @@ def fork(
         return
     _say(
         f"run {name} goes on from iteration {iteration} of run {run_id}, whose checkpoint of iteration {iteration - 1} "
-        f"it needs until it has trained: keep that from archive gc\nnext:  {command_name()} resume {named}"
+        f"it needs until it has trained; archive gc under this root leaves it alone\n"
+        f"next:  {command_name()} resume {named}"
     )
 
 

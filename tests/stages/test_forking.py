@@ -8,7 +8,8 @@ import torch
 from predictor_samples import make_run, train, train_and_fit
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.archive.removal import remove
+from moe_replay.archive.cleaning import searches
+from moe_replay.archive.removal import Findings, remove
 from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.config import RunConfig, overridden
 from moe_replay.engines.process import no_progress
@@ -236,3 +237,22 @@ def test_a_predictor_that_is_still_to_be_fitted_is_waited_for(tmp_path):
     with pytest.raises(ConfigError, match="not fitted its predictor yet; resume it first"):
         fork_point(source.store(), source.root, 2, source.config)
     assert fork_point(source.store(), source.root, 2, RunConfig(method="r3")).predictor is None
+
+
+def test_gc_leaves_alone_what_a_fork_starts_from_until_it_has_trained(source):
+    branch = fork(source, 2)
+    found = cleaned(source)
+    assert [one.name for one in found.removable] == ["source/iterations/00000/training/checkpoint"]
+    told = "source/iterations/00001/training: run branch, which was forked from it, still needs it"
+    assert found.left_alone == [told]
+
+    writer = branch.store().begin("training", 2, {}, branch.digest("training"))
+    writer.write_bytes("checkpoint/huggingface/model", b"training 2")
+    writer.commit()
+    found = cleaned(source)
+    assert [one.name for one in found.removable] == [f"source/iterations/0000{n}/training/checkpoint" for n in (0, 1)]
+    assert found.left_alone == []
+
+
+def cleaned(run: Run) -> Findings:
+    return searches(run.root, [run.run_id], Retention(keep_last_checkpoint=True), timedelta(0))[run.run_id]()
