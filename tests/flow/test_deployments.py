@@ -88,8 +88,8 @@ def scheduled(
 ) -> dict[str, Any]:
     """A flow run that a schedule has started, and that has trained an iteration."""
     url = f"{prefect_api}/deployments/{deployments['train']['id']}/schedules"
-    # The server looks for new schedules every 5 s, and what is past by then is due in a day.
-    soon = (datetime.now(UTC) + timedelta(seconds=15)).isoformat()
+    # The server looks at all schedules once a minute, if not before, and what is past by then is due in a day.
+    soon = (datetime.now(UTC) + timedelta(seconds=75)).isoformat()
     schedule = {"interval": timedelta(days=1).total_seconds(), "anchor_date": soon}
     ask(url, [{"schedule": schedule, "active": True, "slug": "soon", "parameters": parameters}])
     until(lambda: (run_folder / "iterations/00000/training/_committed.json").exists(), "nothing was trained")
