@@ -36,6 +36,7 @@ def test_a_run_that_is_made_longer_has_the_bytes_of_one_that_was_as_long_at_firs
     assert made_again == ({"training", "evaluation"} if from_stage else set())
 
 
+@pytest.mark.slow
 def test_a_fork_under_the_same_settings_makes_the_bytes_of_its_source(
     exact_run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def runs_below(parent: FlowRun) -> list[FlowRun]:
         return client.read_flow_runs(flow_run_filter=below)
 
 
+@pytest.mark.slow
 def test_a_deployed_run_pauses_with_the_reason_and_goes_on_as_was_decided_in_the_ui(tmp_path: Path) -> None:
     run, batch = stopped(tmp_path)
     flow_run = deployed(run.run_id)

@@ -213,6 +213,7 @@ def test_stage_whose_engine_dies_is_retried_with_a_fresh_one_and_a_second_runner
     assert (attempts["rollout-0"], attempts["training-0"]) == (1, 2)
 
 
+@pytest.mark.slow
 def test_training_that_finds_no_memory_is_retried_on_a_fresh_engine_with_smaller_micro_batches(
     exact_run: tuple[Path, dict[str, Any]], tmp_path: Path, prefect_api: str, home: Path
 ) -> None:
