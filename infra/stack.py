@@ -24,12 +24,21 @@ from infra.foreign_settings import FORGET_IN_SHELL, forget_foreign_settings
 from infra.stack_state import Stack, folder, read, save, stack_of, write_secret
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, EngineLost, ReplayError
-from moe_replay.servers import Server, mlflow_server, prefect_ui_server, require_free, wait_until_healthy
+from moe_replay.servers import (
+    HOST,
+    MLFLOW_PORT,
+    PREFECT_PORT,
+    Server,
+    mlflow_server,
+    prefect_ui_server,
+    require_free,
+    wait_until_healthy,
+)
 
 BUCKET = "runs"
 WORK_POOL = "local"
 _REPOSITORY = Path(__file__).parents[1]
-_PORTS = {"s3": 9000, "prefect": 4200, "mlflow": 5000, "worker": 4201}
+_PORTS = {"s3": 9000, "prefect": PREFECT_PORT, "mlflow": MLFLOW_PORT, "worker": 4201}
 """In the order of starting; stopping goes from the worker, who still has to tell how its runs ended, to the store."""
 _STOPPING = ("worker", "prefect", "mlflow", "s3")
 
@@ -158,7 +167,7 @@ def _servers(home: Path, stack: Stack) -> dict[str, Server]:
         ports["s3"],
         "S3_PORT",
         "/",
-        [str(_rclone()), "serve", "s3", f"--addr=127.0.0.1:{ports['s3']}", str(home / "s3")],
+        [str(_rclone()), "serve", "s3", f"--addr={HOST}:{ports['s3']}", str(home / "s3")],
         # The keys by the environment: command lines are public.
         {"RCLONE_AUTH_KEY": f'"{stack.access_key},{stack.secret_key}"', "RCLONE_CONFIG": os.devnull},
         healthy_status=400,  # so it refuses a request without a signature
@@ -172,7 +181,7 @@ def _servers(home: Path, stack: Stack) -> dict[str, Server]:
         [*start_worker, "--pool", WORK_POOL, "--name", WORK_POOL, "--limit", "1", *worker_options],
         client_environment(home, stack)
         | {
-            "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
+            "PREFECT_WORKER_WEBSERVER_HOST": HOST,
             "PREFECT_WORKER_WEBSERVER_PORT": str(ports["worker"]),
         },
     )
@@ -194,9 +203,9 @@ def client_environment(home: Path, stack: Stack) -> dict[str, str]:
     return {
         "MOE_REPLAY_HOME": str(home),
         "MOE_REPLAY_ROOT": f"s3://{BUCKET}",
-        "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+        "PREFECT_API_URL": f"http://{HOST}:{ports['prefect']}/api",
+        "MLFLOW_TRACKING_URI": f"http://{HOST}:{ports['mlflow']}",
+        "AWS_ENDPOINT_URL": f"http://{HOST}:{ports['s3']}",
         "AWS_ACCESS_KEY_ID": stack.access_key,
         "AWS_SECRET_ACCESS_KEY": stack.secret_key,
         "AWS_DEFAULT_REGION": "us-east-1",

@@ -291,6 +291,11 @@ def home_folder() -> Path:
     return Path(os.environ.get("MOE_REPLAY_HOME") or ".moe-replay").expanduser().absolute()
 
 
+def as_argument(run_id: str, root: str | None) -> str:
+    """The run as a command has to name it; `root` is `storage.root`, none for the default."""
+    return f"{run_id} --root {root}" if root else run_id
+
+
 def run_root(config: RunConfig) -> str:
     """The URL under which the run's folder lies. Raises ConfigError when MOE_REPLAY_ROOT can't be one."""
     if root := config.storage.root or os.environ.get("MOE_REPLAY_ROOT"):

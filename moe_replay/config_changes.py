@@ -75,7 +75,7 @@ def changed_document(
     The benchmarks' checksums change too, of those that are `allowed` to. Writes nothing.
     """
     document = store.read_run()
-    plan, known = RunPlan.stored(store), document["benchmarks_sha256"]
+    plan, known = RunPlan.of(store, document), document["benchmarks_sha256"]
     keys = {key for key in _differences(plan.config, wanted) if _is_among(key, allowed)}
     files = {name: sha256 for name, sha256 in benchmarks_sha256.items() if known.get(name, sha256) != sha256}
     may_change = {name for name in files if _is_among(f"evaluation.benchmarks.{name}", allowed)}

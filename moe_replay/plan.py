@@ -86,7 +86,11 @@ class RunPlan(_Record):
         Raises ConfigError when it does not or holds imported routes or an evaluation, ArchiveCorrupt when `run.json` is
         damaged.
         """
-        document = store.read_run()
+        return cls.of(store, store.read_run())
+
+    @classmethod
+    def of(cls, store: RunStore, document: dict[str, Any]) -> "RunPlan":
+        """The plan of a run whose `run.json` was read; raises as `stored`."""
         if IMPORTS_KEY in document:
             raise ConfigError(
                 f"run {store.run_id} holds routes that were imported, nothing to train; see moe-replay archive "

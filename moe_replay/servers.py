@@ -58,13 +58,7 @@ class Server:
 
     def is_healthy(self) -> bool:
         """Whether it answers as it should, within 2 s."""
-        try:
-            with urllib.request.urlopen(f"{self.address}{self.health}", timeout=2) as answer:  # noqa: S310 (http)
-                return answer.status == self.healthy_status
-        except urllib.error.HTTPError as answer:
-            return answer.code == self.healthy_status
-        except (OSError, http.client.HTTPException):
-            return False
+        return _status_of(f"{self.address}{self.health}", 2) == self.healthy_status
 
 
 def serve(home: Path, mlflow_port: int, prefect_port: int, console: Console) -> None:
@@ -122,14 +116,20 @@ def _answers(address: str) -> bool:
     for attempt in range(_ASKED_TIMES):
         if attempt:
             time.sleep(1)
-        try:
-            with urllib.request.urlopen(address, timeout=10):  # noqa: S310 (http)
-                return True
-        except urllib.error.HTTPError:
+        if _status_of(address, 10) is not None:
             return True
-        except (OSError, http.client.HTTPException):
-            continue
     return False
+
+
+def _status_of(address: str, seconds: float) -> int | None:
+    """The HTTP status of an answer, be it an error; None when none came in time."""
+    try:
+        with urllib.request.urlopen(address, timeout=seconds) as answer:  # noqa: S310 (http)
+            return answer.status
+    except urllib.error.HTTPError as answer:
+        return answer.code
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 @contextmanager

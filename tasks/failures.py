@@ -6,6 +6,7 @@ from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
+from moe_replay.config import as_argument
 from tasks.naming import run_id_of
 
 
@@ -23,8 +24,7 @@ def way_on(flow: str, flow_run: FlowRun) -> str:
     if flow != "train" or not (began or flow_run.parameters.get("run_id")):
         return "retry it in the Prefect UI"
     storage = (flow_run.parameters.get("config") or {}).get("storage") or {}
-    at = f" --root {storage['root']}" if storage.get("root") else ""
-    return f"moe-replay resume {run_id}{at}, or retry it in the Prefect UI"
+    return f"moe-replay resume {as_argument(run_id, storage.get('root'))}, or retry it in the Prefect UI"
 
 
 LOGGED_FAILURES: dict[str, Any] = {"on_failure": [log_failure], "on_crashed": [log_failure]}

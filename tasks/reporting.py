@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging.handlers import APILogHandler
 
 from moe_replay.archive.layout import STAGES
-from moe_replay.stages.run import Run, as_argument
+from moe_replay.config import as_argument
+from moe_replay.stages.run import Run
 from tasks.progress import artifact_key
 from tasks.tracking.server import run_page
 
@@ -60,7 +61,7 @@ def report_results(run: Run, results: dict[int, dict[str, float]], mlflow_run_id
 
 def _overview(run: Run, results: dict[int, dict[str, float]], mlflow_page: str) -> str:
     """Where to find what of the run, and how long each stage took, as Markdown."""
-    config, name = run.config, as_argument(run.config, run.run_id)
+    config, name = run.config, as_argument(run.run_id, run.config.storage.root)
     return f"""# Run {run.run_id}
 
 Method {config.method.label}, κ = {config.training.mini_steps}, seed {config.seed}; \

@@ -7,9 +7,10 @@ decisions, so that they are taken anew. `archive gc` removes all of it after a w
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -97,7 +98,12 @@ def supersede(store: RunStore, artifacts: Sequence[Artifact]) -> None:
 
 def generation_of(store: RunStore) -> int:
     """How often something of the run was superseded: what is told elsewhere of an earlier generation is of the past."""
-    return len(store.read_run().get(ABOUT_KEY, {}).get(SUPERSEDED_KEY, []))
+    return generation_in(store.read_run())
+
+
+def generation_in(document: Mapping[str, Any]) -> int:
+    """As `generation_of`, of a `run.json` that was read."""
+    return len(document.get(ABOUT_KEY, {}).get(SUPERSEDED_KEY, []))
 
 
 def superseded_folders(store: RunStore, iteration: int, stage: str | None = None) -> list[str]:

@@ -12,6 +12,7 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
+from moe_replay.config import as_argument
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.exchange.exporting import EXPORT_FORMATS, ExportFormat, export_routes
 from moe_replay.exchange.foreign_routes import ModelShape
@@ -179,7 +180,7 @@ def _tell_import(imported: RouteArchive, root: str | None, as_json: bool) -> Non
         told = {"run_id": provenance.run_id, "iteration": provenance.iteration, "sequences": imported.num_sequences}
         print(json.dumps({**told, "captured_rows": provenance.captured_rows, **attributes}))
         return
-    named = f"{provenance.run_id} --root {root}" if root else provenance.run_id
+    named = as_argument(provenance.run_id, root)
     _say(
         f"imported {imported.num_sequences:,} sequences of {imported.num_tokens:,} tokens into run "
         f"{provenance.run_id}, iteration {provenance.iteration}: {provenance.captured_rows:,} rows captured, "

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Root, Settings, command_name, err, out, root_of
-from moe_replay.config import overridden, parse_override
+from moe_replay.config import as_argument, overridden, parse_override
 
 
 def fork(
@@ -48,7 +48,7 @@ def fork(
     config = overridden(stored, overrides | dict(parse_override(text) for text in set_ or []))
     name = as_ or f"{run_id[:42]}-{iteration}-{time.strftime('%m%d')}-{uuid.uuid4().hex[:4]}"
     made = fork_run(source, url, iteration, config, name, _progress)
-    named = f"{name} --root {config.storage.root}" if config.storage.root else name
+    named = as_argument(name, config.storage.root)
     if json_:
         print(json.dumps({"run_id": name, "root": made.root, "forked_from": run_id, "first_iteration": iteration}))
         return

@@ -9,13 +9,13 @@ from rich.console import Console
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import command_name, console_for_progress, err, out
-from moe_replay.config import RunConfig
+from moe_replay.config import RunConfig, as_argument
 from moe_replay.display import RunDisplay
 from moe_replay.environment import make_home
 from moe_replay.errors import EngineLost
 from moe_replay.holding import holding_run
 from moe_replay.interrupts import interruptible
-from moe_replay.stages.run import Run, as_argument
+from moe_replay.stages.run import Run
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def train_here(config: RunConfig, run_id: str, allow_config_change: list[str], a
     if quiet:
         print(run_id)
         return
-    named = as_argument(config, run_id)
+    named = as_argument(run_id, config.storage.root)
     out.print(
         f"\nrun       {run_id}\nartifacts {store.name}\nMLflow    run {done['mlflow_run_id']}\n"
         f"\nnext:  {command_name()} status {named}\n       {command_name()} archive inspect {named}\n"
@@ -101,7 +101,9 @@ def _run_flow(
                 display.on_progress("prepare", 0, 0, "starting the engines and Prefect")
                 return _call_flow(config, run_id, allow_config_change, wait_for_prefect)
         except KeyboardInterrupt:
-            go_on = f"stopped; what is committed stays: {command_name()} resume {as_argument(config, run_id)}"
+            go_on = (
+                f"stopped; what is committed stays: {command_name()} resume {as_argument(run_id, config.storage.root)}"
+            )
             err.print(go_on, highlight=False, markup=False, soft_wrap=True)
             raise
 
@@ -119,7 +121,7 @@ def _call_flow(
         raise EngineLost(
             f"a stage took longer than stages.timeout_seconds = {config.stages.timeout_seconds:g} in each of "
             f"{config.stages.retries + 1} attempts; raise the limit, then: {command_name()} "
-            f"resume {as_argument(config, run_id)}"
+            f"resume {as_argument(run_id, config.storage.root)}"
         ) from error
     finally:
         flush_logs()

@@ -15,6 +15,7 @@ from rich.text import Text
 from moe_replay.archive.artifacts import RunStore, StageStatus
 from moe_replay.archive.claims import Claim, find_holder
 from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
+from moe_replay.config import as_argument
 from moe_replay.errors import ConfigError
 from moe_replay.stages.overview import RunOverview
 
@@ -42,7 +43,7 @@ def status(
     """
     store = RunStore(root_of(root), run_id)
     _await_creation(store, watch)
-    named = f"{run_id} --root {root}" if root else run_id
+    named = as_argument(run_id, root)
     seen = RunOverview.of(store)
     if json_:
         for told in _changes(_document(store, one, root) for one in (_looks(store, seen) if watch else [seen])):

@@ -111,8 +111,9 @@ def resume(
             "decide when the alarm is raised again"
         )
     with _told_of_pause(decide), holding_from_here(config, run_id):
-        # What could not go on afterwards is told before anything is decided or taken back.
-        preflight(config, run_id, allowed)
+        if decide is not None or from_stage is not None:
+            # What could not go on afterwards is told before anything is decided or taken back.
+            preflight(config, run_id, allowed)
         if decide is not None:
             _decide(store, config, decide)
         if from_stage is not None and iteration is not None:

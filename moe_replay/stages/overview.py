@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from moe_replay.archive.artifacts import RunStore, StageStatus
 from moe_replay.archive.claims import Claim, find_holder
 from moe_replay.archive.layout import EVALUATES_KEY, IMPORTS_KEY
-from moe_replay.archive.superseding import generation_of
+from moe_replay.archive.superseding import generation_in
 from moe_replay.plan import RunPlan
 from moe_replay.stages.completion import missing_stages
 from moe_replay.stages.decisions import Alarm, waiting_batch
@@ -33,8 +33,8 @@ class RunOverview(NamedTuple):
         Raises ConfigError when there is no such run, ArchiveCorrupt when its document or a commit is damaged.
         """
         document = store.read_run()
-        plan = None if {IMPORTS_KEY, EVALUATES_KEY}.intersection(document) else RunPlan.stored(store)
-        generation = generation_of(store)
+        plan = None if {IMPORTS_KEY, EVALUATES_KEY}.intersection(document) else RunPlan.of(store, document)
+        generation = generation_in(document)
         known = before.settled() if before and before.generation == generation else {}
         found = {n: known.get(n) or store.status(n) for n in store.iterations()}
         following = _following(store, plan, found) if plan else None

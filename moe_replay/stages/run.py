@@ -175,8 +175,3 @@ class Run(BaseModel):
                     f"run {self.run_id} was forked from iteration {fork.iteration} of run {fork.run_id} under "
                     f"{fork.root}, and what it starts from is not there: {problem}"
                 )
-
-
-def as_argument(config: RunConfig, run_id: str) -> str:
-    """The run as a command has to name it."""
-    return f"{run_id} --root {config.storage.root}" if config.storage.root else run_id

@@ -14,6 +14,7 @@ from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import CHECKPOINT_FOLDER
 from moe_replay.archive.log_probs import write_log_probs
 from moe_replay.archive.routes import RouteArchive
+from moe_replay.config import as_argument
 from moe_replay.engines.process import Progress
 from moe_replay.engines.training import Pass, TrainingEngine
 from moe_replay.errors import ReplayError, StabilityAlarm
@@ -108,7 +109,7 @@ def _require_stable(run: Run, alarms: BatchAlarms, metrics: Metrics, writer: Sta
         return
     writer.discard()
     alarm = alarms.raise_alarm(excess)
-    named = f"{run.run_id} --root {run.config.storage.root}" if run.config.storage.root else run.run_id
+    named = as_argument(run.run_id, run.config.storage.root)
     raise StabilityAlarm(
         f"iteration {alarm.iteration} of run {run.run_id} stopped before it trained: {alarm.reason}; decide what "
         f"becomes of the batch with moe-replay resume {named} --decide {'|'.join(alarm.actions(run.config.method))}",

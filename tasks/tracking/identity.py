@@ -5,11 +5,12 @@ from typing import Any
 
 from prefect.runtime import flow_run
 
-from moe_replay.archive.superseding import generation_of
-from moe_replay.config import RunConfig
+from moe_replay.archive.layout import ABOUT_KEY
+from moe_replay.archive.superseding import generation_in, generation_of
+from moe_replay.config import RunConfig, as_argument
 from moe_replay.dotted import dotted
 from moe_replay.preparation import package_versions
-from moe_replay.stages.run import Run, as_argument
+from moe_replay.stages.run import Run
 from tasks.links import prefect_page
 
 RUN_KEY = "moe_replay.run"
@@ -60,9 +61,10 @@ def key_of(run: Run, generation: int | None = None) -> str:
 
     Also from itself before something of it was superseded, whose points in MLflow can't be taken back.
     """
-    about = run.store().read_run().get("about", {})
-    number = generation_of(run.store()) if generation is None else generation
-    return f"{run.store().name}#{about.get('created_as', '')}{f'#{number}' if number else ''}"
+    document = run.store().read_run()
+    created_as = document.get(ABOUT_KEY, {}).get("created_as", "")
+    number = generation_in(document) if generation is None else generation
+    return f"{run.store().name}#{created_as}{f'#{number}' if number else ''}"
 
 
 def close_earlier(client: Any, experiment_id: str, run: Run, mlflow_run_id: str) -> None:
@@ -103,7 +105,7 @@ def _tags(run: Run) -> dict[str, str]:
 
 
 def _note(run: Run, page: str) -> str:
-    name = as_argument(run.config, run.run_id)
+    name = as_argument(run.run_id, run.config.storage.root)
     return (
         f"Artifacts: `{run.store().name}`\n\n"
         f"Prefect: [flow run of the newest attempt]({page})\n\n"

@@ -33,7 +33,7 @@ def dataset_digest(file: DataFile) -> str:
     return file.sha256[:_DIGEST_LENGTH]
 
 
-def log_checkpoint(client: Any, run: Run, mlflow_run_id: str, iteration: int) -> str:
+def log_checkpoint(client: Any, run: Run, tracked: Any, iteration: int) -> str:
     """The id of the MLflow model that stands for an iteration's checkpoint, which is created the first time.
 
     Models are external: their params say where the weights lie and which commit they are.
@@ -42,14 +42,13 @@ def log_checkpoint(client: Any, run: Run, mlflow_run_id: str, iteration: int) ->
 
     training = run.store().commit_of("training", iteration)
     assert training is not None, "what was evaluated was trained"
-    tracked = client.get_run(mlflow_run_id)
     model = _find(client, tracked.info, run, iteration, training) or _create(
         client, tracked.info, run, iteration, training
     )
     if model.status != "READY":
         _finish(client, model)
     if model.model_id not in {output.model_id for output in tracked.outputs.model_outputs}:
-        client.log_outputs(mlflow_run_id, [LoggedModelOutput(model.model_id, iteration)])
+        client.log_outputs(tracked.info.run_id, [LoggedModelOutput(model.model_id, iteration)])
     return model.model_id
 
 

@@ -41,9 +41,16 @@ EVALUATION_OF = "moe_replay.evaluation_of"
 _REPORT_OF = "moe_replay.report_of"
 _EVALUATION = "eval/"
 _DECISIONS = "alarm.decisions"
+_RETRIED: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": 2,
+    "retry_delay_seconds": 2,
+    "retry_condition_fn": is_transient,
+}
+"""Options of the tasks that ask MLflow."""
 
 
-@task(name="open tracking", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2, retry_condition_fn=is_transient)
+@task(name="open tracking", **_RETRIED)
 @errors_translated()
 def open_tracking(run: Run) -> str:
     """The id of the training run's MLflow run, which is created the first time and continued after."""
@@ -59,14 +66,7 @@ def open_tracking(run: Run) -> str:
     return run_id
 
 
-@task(
-    name="track",
-    task_run_name="track-{iteration}",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=2,
-    retry_condition_fn=is_transient,
-)
+@task(name="track", task_run_name="track-{iteration}", **_RETRIED)
 @errors_translated()
 def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, float]:
     """Log an iteration's metrics as one step, unless they are there already, and return them."""
@@ -77,7 +77,7 @@ def track_iteration(run: Run, mlflow_run_id: str, iteration: int) -> dict[str, f
     tracked = client.get_run(mlflow_run_id)
     logged = iterations_logged(tracked)
     evaluated = any(name.startswith(_EVALUATION) for name in metrics)
-    model_id = log_checkpoint(client, run, mlflow_run_id, iteration) if evaluated and iteration >= logged - 1 else None
+    model_id = log_checkpoint(client, run, tracked, iteration) if evaluated and iteration >= logged - 1 else None
     points = _points(run, iteration, metrics, model_id)
     if iteration >= logged:
         tags = [RunTag(ITERATIONS, str(iteration + 1)), *_decision_tags(run, iteration, metrics, tracked)]
@@ -102,13 +102,7 @@ def _decision_tags(run: Run, iteration: int, metrics: dict[str, float], tracked:
     return [RunTag(_DECISIONS, "; ".join(filter(None, told)))]
 
 
-@task(
-    name="track evaluation",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=2,
-    retry_condition_fn=is_transient,
-)
+@task(name="track evaluation", **_RETRIED)
 @errors_translated()
 def track_evaluation(evaluation: Evaluation) -> str:
     """Log an evaluation's scores as a step of its own MLflow run, unless they are there; returns that run's id.
