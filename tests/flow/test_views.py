@@ -59,12 +59,17 @@ def test_mlflow_and_prefect_lead_to_each_other_and_to_storage(
     exact_run: tuple[Path, dict[str, Any]], prefect_api: str
 ) -> None:
     folder, said = exact_run
-    (flow_run,) = ask(f"{prefect_api}/flow_runs/filter", {"flow_runs": {"name": {"any_": ["train-exact"]}}})[-1:]
-    overview = ask(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["run-exact"]}}})[-1]["data"]
     tracked = mlflow().get_run(said["mlflow_run_id"])
-    page = f"{prefect_api.removesuffix('/api')}/runs/flow-run/{tracked.data.tags['prefect.flow_run']}"
+    flow_run_id = tracked.data.tags["prefect.flow_run"]
+    (flow_run,) = ask(f"{prefect_api}/flow_runs/filter", {"flow_runs": {"id": {"any_": [flow_run_id]}}})
+    (overview,) = (
+        artifact["data"]
+        for artifact in ask(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["run-exact"]}}})
+        if artifact["flow_run_id"] == flow_run_id
+    )
+    page = f"{prefect_api.removesuffix('/api')}/runs/flow-run/{flow_run_id}"
 
-    assert tracked.data.tags["prefect.flow_run"] == flow_run["id"]
+    assert (flow_run["name"], flow_run["state"]["type"]) == ("train-exact", "COMPLETED")
     for told in (tracked.data.tags["mlflow.note.content"], overview):
         assert f"`{folder.as_uri()}`" in told
         assert f"moe-replay resume exact --root {folder.parent.as_uri()}" in told
