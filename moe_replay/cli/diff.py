@@ -123,13 +123,14 @@ def _share(value: float | None) -> str:
 
 
 def _say_next(found: Comparison, figure: Path | None, root: str | None) -> None:
+    again = f"{command_name()} archive diff {found.a} {as_argument(found.b, root)}"
     if not found.shared_sequences:
         told = (
             "the two have no sequence in common; name iterations of the same prompts and seed as RUN@ITERATION\n"
             f"next:  {command_name()} status {as_argument(found.a.partition('@')[0], root)}"
         )
     elif figure is not None:
-        told = f"drew {figure}\nnext:  {command_name()} archive diff {found.a} {as_argument(found.b, root)} --json     (every number)"
+        told = f"drew {figure}\nnext:  {again} --json     (every number)"
     else:
-        told = f"next:  {command_name()} archive diff {found.a} {as_argument(found.b, root)} --figure diff.png     (a heat map)"
+        told = f"next:  {again} --figure diff.png     (a heat map)"
     out.print(escape(told), highlight=False, soft_wrap=True)
