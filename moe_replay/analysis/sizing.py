@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moe_replay.analysis.measured import (
     ARCHIVE_MB_S,
     EVOLUTION,
+    ROLLOUT_COPIES,
     SourceCodec,
     bound_bytes,
     bytes_per_row,
@@ -36,7 +37,7 @@ class Workload(Config):
     """One iteration, as far as it matters here."""
 
     sequences: int = Field(default=512, ge=1)
-    """N, prompts × responses."""
+    """N, prompts * responses."""
     mini_steps: int = Field(default=4, ge=1)
     """κ."""
     codec: Literal["expert-set", "zstd", "raw"] = "expert-set"
@@ -79,6 +80,8 @@ class RouteSizing(_Record):
     """Exact: what vLLM hands out for a sequence, dense layers included."""
     trace_bytes_per_sequence: int
     """Exact: the same without them, and validity; the rollout process holds it for every sequence."""
+    rollout_peak_bytes: float
+    """From a measurement: host memory of the rollout process for the routes of the whole batch, at most."""
     trainer_bytes_per_sequence: int
     """Exact: the int32 ids in the trainer's batch."""
     device_bytes_per_sequence: int
@@ -176,6 +179,7 @@ def _routes(routers: DeclaredRouters, workload: Workload, length: int) -> RouteS
     indices = -(-(workload.sequences + 1) // INDEX_ROWS) - (-workload.sequences // INDEX_ROWS)
     figures = None if codec == "raw" else nearest_figures(codec, *shape)
     write, read = ARCHIVE_MB_S.get(codec, (None, None))
+    engine = (length - 1) * routers.decoder_layers * row
     return RouteSizing(
         tokens_per_sequence=length,
         tokens=tokens,
@@ -186,8 +190,9 @@ def _routes(routers: DeclaredRouters, workload: Workload, length: int) -> RouteS
         chunks=num_layers * by_token,
         objects=(num_layers + 1) * by_token + indices + 5,  # a zarr.json of each array, and the group's
         chunk_bytes=chunk * stored / rows,
-        engine_bytes_per_sequence=(length - 1) * routers.decoder_layers * row,
+        engine_bytes_per_sequence=engine,
         trace_bytes_per_sequence=length * num_layers * row + length,
+        rollout_peak_bytes=ROLLOUT_COPIES * raw + workload.sequences * engine,
         trainer_bytes_per_sequence=4 * ids,
         device_bytes_per_sequence=8 * ids + length,
         encode_core_seconds=raw / _MB / figures.encode_mb_s if figures else 0,

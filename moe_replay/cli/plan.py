@@ -153,6 +153,7 @@ _ROUTE_ROWS: tuple[tuple[_Row, ...], ...] = (
         ("one stored chunk", "chunk_bytes", "measured"),
     ),
     (
+        ("all, rollout process at its peak", "rollout_peak_bytes", "measured"),
         ("a sequence as vLLM returns it", "engine_bytes_per_sequence", "exact"),
         ("... in the rollout process", "trace_bytes_per_sequence", "exact"),
         ("... in the trainer's batch", "trainer_bytes_per_sequence", "exact"),
