@@ -173,11 +173,13 @@ def test_the_rollout_keeps_captured_routes_of_the_size_that_was_told(num_experts
     store = RunStore(str(tmp_path), "run-1")
     store.create_run({})
     writer = store.begin("rollout", 0, {}, DIGEST)
-    traces = [make_trace(2048, num_experts, top_k, range(6), seed=n) for n in range(4)]
+    traces = [make_trace(8192, num_experts, top_k, range(4), seed=n) for n in range(2)]
     write_samples(writer, [sample_of(number, trace) for number, trace in enumerate(traces)])
     commit = store.open(writer.commit()).commit
     stored = sum(one.size for one in commit.objects if one.path.startswith("captured-"))
-    (told,) = size_iteration(routers_of(num_experts, top_k, range(6)), Workload(sequences=4), (2048,)).routes
+    (told,) = size_iteration(
+        routers_of(num_experts, top_k, range(4)), Workload(sequences=2, mini_steps=1), (8192,)
+    ).routes
     assert stored == pytest.approx(told.captured_bytes, rel=0.02)
 
 
