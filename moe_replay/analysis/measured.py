@@ -70,11 +70,6 @@ ARCHIVE_MB_S: dict[SourceCodec, tuple[float, float]] = {"expert-set": (60, 77), 
 
 8 of 128 experts, two cores; checks, hashes and what is imported on first use (about 2 s) are in it."""
 
-ROLLOUT_COPIES = 4.0
-"""Of a batch's routes that the rollout process holds when it judges the capture, besides what vLLM returned.
-
-`test_the_rollout_process_peaks_at_what_was_told` measures it."""
-
 RIDGE_FITS = (
     FitFigures(2048, 128, 4095, 1.1),
     FitFigures(4096, 128, 4095, 4.2),

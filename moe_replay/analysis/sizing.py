@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from moe_replay.analysis.measured import (
     ARCHIVE_MB_S,
     EVOLUTION,
-    ROLLOUT_COPIES,
     SourceCodec,
     bound_bytes,
     bytes_per_row,
@@ -80,7 +79,7 @@ class RouteSizing(_Record):
     """Exact: what vLLM hands out for a sequence, dense layers included."""
     trace_bytes_per_sequence: int
     """Exact: the same without them, and validity; the rollout process holds it for every sequence."""
-    rollout_peak_bytes: float
+    rollout_peak_bytes: int
     """From a measurement: host memory of the rollout process for the routes of the whole batch, at most."""
     trainer_bytes_per_sequence: int
     """Exact: the int32 ids in the trainer's batch."""
@@ -180,6 +179,7 @@ def _routes(routers: DeclaredRouters, workload: Workload, length: int) -> RouteS
     figures = None if codec == "raw" else nearest_figures(codec, *shape)
     write, read = ARCHIVE_MB_S.get(codec, (None, None))
     engine = (length - 1) * routers.decoder_layers * row
+    trace = length * num_layers * row + length
     return RouteSizing(
         tokens_per_sequence=length,
         tokens=tokens,
@@ -191,8 +191,9 @@ def _routes(routers: DeclaredRouters, workload: Workload, length: int) -> RouteS
         objects=(num_layers + 1) * by_token + indices + 5,  # a zarr.json of each array, and the group's
         chunk_bytes=chunk * stored / rows,
         engine_bytes_per_sequence=engine,
-        trace_bytes_per_sequence=length * num_layers * row + length,
-        rollout_peak_bytes=ROLLOUT_COPIES * raw + workload.sequences * engine,
+        trace_bytes_per_sequence=trace,
+        # What vLLM returned goes as it is read, sequence by sequence.
+        rollout_peak_bytes=workload.sequences * max(engine, trace),
         trainer_bytes_per_sequence=4 * ids,
         device_bytes_per_sequence=8 * ids + length,
         encode_core_seconds=raw / _MB / figures.encode_mb_s if figures else 0,

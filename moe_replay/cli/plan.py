@@ -120,7 +120,7 @@ def _show(found: Sizing) -> None:
 
 def _route_table(found: Sizing) -> Table:
     table = Table(title="routes of an iteration, by tokens per sequence", title_justify="left")
-    table.add_column("what", no_wrap=True)
+    table.add_column("what")
     for routes in found.routes:
         table.add_column(_length(routes.tokens_per_sequence), justify="right", no_wrap=True)
     table.add_column("known", no_wrap=True)
