@@ -99,6 +99,14 @@ class TrainingConfig(Config):
     """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
 
 
+class ResourcesConfig(Config):
+    """On how much hardware a run computes. Results do not depend on it, but for the order in which sums are rounded."""
+
+    training_world_size: PositiveInt = 1
+    """Ranks that share out the training of each mini-batch, each with a GPU, or a CPU where there is none. One works in
+    the run's own process; more run under Ray, in the cluster that RAY_ADDRESS names or in one of this machine."""
+
+
 class EvolutionConfig(Config):
     """What training keeps of router evolution: hidden states and logits before the update, and logits after."""
 
@@ -219,6 +227,7 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig = TrainingConfig()
+    resources: ResourcesConfig = ResourcesConfig()
     evolution: EvolutionConfig = EvolutionConfig()
     predictor: PredictorConfig = PredictorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -234,6 +243,13 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.mini_steps = {self.training.mini_steps} does not divide the rollout batch of "
                 f"rollout.prompts * rollout.responses = {sequences} sequences; change one of the three"
+            )
+        of_a_step, ranks = sequences // self.training.mini_steps, self.resources.training_world_size
+        if of_a_step % ranks:
+            raise ValueError(
+                f"resources.training_world_size = {ranks} does not divide the {of_a_step} sequences of a mini-step "
+                f"(rollout.prompts * rollout.responses / training.mini_steps = {sequences} / "
+                f"{self.training.mini_steps}); change one of the four"
             )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:

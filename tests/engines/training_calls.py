@@ -100,15 +100,16 @@ def open_model(bench: Bench, progress: Progress, model: Path, config: RunConfig)
     from moe_replay.engines.training import TrainingEngine
 
     bench.config = config
-    bench.engine = TrainingEngine(model, "initial", config.training)
+    bench.engine = TrainingEngine(model, "initial", config.training, config.resources)
     return bench.engine.num_experts, bench.engine.top_k, bench.engine.layers
 
 
 def load(bench: Bench, progress: Progress, folder: Path, weights: str, is_checkpoint: bool) -> bool:
     """Load weights; returns whether anything was built for it."""
-    before = bench.held._engine
+    ranks: Any = bench.held._ranks
+    before = ranks.engine
     bench.held.load(folder, weights, is_checkpoint)
-    return bench.held._engine is not before
+    return ranks.engine is not before
 
 
 def save(bench: Bench, progress: Progress, folder: Path) -> None:
@@ -159,7 +160,8 @@ def name_of_weights(bench: Bench, progress: Progress) -> str | None:
 
 def weights(bench: Bench, progress: Progress) -> dict[str, np.ndarray]:
     """All parameters of the model, whole."""
-    state = bench.held._engine.module.state_dict()
+    ranks: Any = bench.held._ranks
+    state = ranks.engine.module.state_dict()
     return {name: getattr(value, "full_tensor", lambda v=value: v)().numpy().copy() for name, value in state.items()}
 
 
