@@ -3,18 +3,21 @@
 A cluster of our own ends with the process that started it, however that ends: Ray has the kernel tell its daemons.
 """
 
+import atexit
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from moe_replay.config import home_folder
 from moe_replay.errors import ConfigError
 
-_LONGEST_FOLDER = 40
-"""Bytes. A socket's path may have 107, and Ray's own part of it has up to 66."""
+_PREFIX = "moe-replay-ray-"
+_LOCK = "lock"
 
 
 class RayCluster:
@@ -24,7 +27,7 @@ class RayCluster:
         """Raises ConfigError when there is no cluster at RAY_ADDRESS, or one without a GPU, or CPU, for each rank."""
         import ray
 
-        self._session: Path | None = None
+        self._own: tuple[Path, TextIO] | None = None
         quiet: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": True}
         address = os.environ.get("RAY_ADDRESS")
         if address:
@@ -38,17 +41,16 @@ class RayCluster:
         else:
             # A secret of its own, or Ray would write one into the user's home.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            folder = _folder()
-            started = ray.init(
+            self._own = _session_folder()
+            ray.init(
                 address="local",
                 num_cpus=ranks,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
+                _temp_dir=str(self._own[0] / "ray"),  # to which Ray gives everybody access, but not to what is above
                 **quiet,
             )
-            self._session = Path(started.address_info["session_dir"])
-            _remove_sessions_of_the_dead(folder)
+        atexit.register(self.close)
         self.device = _device(ray.cluster_resources(), ranks, address)
         """What the ranks compute on: `GPU` or `CPU`."""
 
@@ -56,12 +58,15 @@ class RayCluster:
         """Leave the cluster; one that was started here ends."""
         import ray
 
+        atexit.unregister(self.close)
         ray.shutdown()
-        if self._session:
-            shutil.rmtree(self._session, ignore_errors=True)
+        if self._own:
+            folder, lock = self._own
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.close()
 
 
-def _device(there: dict[str, float], ranks: int, address: str | None) -> str:
+def _device(there: Mapping[str, float], ranks: int, address: str | None) -> str:
     device = "GPU" if there.get("GPU") and os.environ.get("VERL_PLATFORM") != "cpu" else "CPU"
     if (number := int(there.get(device, 0))) < ranks:
         where = f"the Ray cluster at {address}" if address else "this machine"
@@ -72,18 +77,16 @@ def _device(there: dict[str, float], ranks: int, address: str | None) -> str:
     return device
 
 
-def _folder() -> Path:
-    """Where Ray keeps sockets and logs: below MOE_REPLAY_HOME, unless no socket's path would be short enough there."""
-    folder = home_folder() / "ray"
-    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
-        folder = Path(tempfile.gettempdir()) / f"moe-replay-ray-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+def _session_folder() -> tuple[Path, TextIO]:
+    """Where a cluster keeps sockets and logs, and the lock on it; folders of processes that were killed are removed.
 
-
-def _remove_sessions_of_the_dead(folder: Path) -> None:
-    """Ray keeps what a killed driver's session wrote; its name ends with the driver's process id."""
-    for session in folder.glob("session_*_*"):
-        process = session.name.rpartition("_")[2]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(session, ignore_errors=True)
+    Not below MOE_REPLAY_HOME, which may be shared between machines, and whose path may be too long for a socket.
+    """
+    for abandoned in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError), abandoned.open("r+") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(abandoned.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = (folder / _LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock

@@ -60,9 +60,9 @@ class ReplayEngine(_FSDPEngine):
         # verl's worker names the engine here, by what the engine itself looks up how to read the model.
         self.model_config.model_type = "language_model"
         super().initialize()
+        self.routers = Routers(self.module)
         # Others of transformers' implementations are 10 to 50 times slower on a CPU.
         self.module.set_experts_implementation("grouped_mm")
-        self.routers = Routers(self.module)
         self.checkpoint_manager = SafetensorsCheckpointManager(
             model=self.module,
             optimizer=self.optimizer,
