@@ -19,7 +19,7 @@ from verl.workers.engine_workers import TrainingWorker
 
 from moe_replay.config import TrainingConfig
 from moe_replay.engines.ranks import RouterShape
-from moe_replay.engines.verl_settings import join_process_group, model_config, worker_config
+from moe_replay.engines.verl_settings import model_config, worker_config
 
 
 class ReplayWorker(TrainingWorker):
@@ -27,7 +27,7 @@ class ReplayWorker(TrainingWorker):
 
     def __init__(self, model: Path, training: TrainingConfig):
         if get_device_name() == "cpu":
-            join_process_group(world_size=2)
+            torch.distributed.init_process_group("gloo")
         self._training = training
         super().__init__(worker_config(model, training))
 

@@ -85,12 +85,11 @@ class RayRanks:
         ordered = tu.index_select_tensor_dict(batch, order)
         tu.assign_non_tensor(ordered, compute_loss=False)
         future = getattr(self._group, method)(ordered)
-        self._wait(future.futures)
-        output = future.get()
+        output: Any = tu.concat_tensordict(self._answers(future.futures))
         metrics: Any = tu.pop(output, "metrics")
         places = sorted(range(len(order)), key=order.__getitem__)
-        seen = dict(tu.index_select_tensor_dict(output, places).items())
-        return {"model_output": seen, "loss": [metrics.pop("loss")], "metrics": metrics}
+        restored: Any = tu.index_select_tensor_dict(output, places)
+        return {"model_output": dict(restored.items()), "loss": [metrics.pop("loss")], "metrics": metrics}
 
     def _balanced(self, batch: "TensorDict") -> list[int]:
         """An order of the sequences whose equal parts are shares of about the same work."""
@@ -108,44 +107,40 @@ class RayRanks:
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
         """What each rank answers to the same call."""
-        import ray
+        return self._answers(self._group.execute_all_async(method, *args))
 
-        asked = self._group.execute_all_async(method, *args)
-        self._wait(asked)
-        return ray.get(asked)
+    def _answers(self, asked: list[Any]) -> list[Any]:
+        """What the ranks return, in their order.
 
-    def _wait(self, asked: list[Any]) -> None:
-        """Return once all ranks have answered, or raise what one failed of.
-
-        Raises:
-            EngineLost: a rank died.
+        Raises what one of them raised; EngineLost when one died.
         """
         import ray
-        from ray.exceptions import RayError, RayTaskError
 
-        waiting, failed = list(asked), []
-        while waiting and not failed:
-            done, waiting = ray.wait(waiting)
-            failed = [error for one in done if (error := _error_of(one))]
-        if not failed:
-            return
-        # One that died takes its connections with it, so that others may have complained first.
+        waiting, answers = list(asked), {}
+        while waiting:
+            (done, *_), waiting = ray.wait(waiting)
+            try:
+                answers[done] = ray.get(done)
+            except Exception as error:
+                raise self._failure(error, waiting) from error
+        return [answers[one] for one in asked]
+
+    def _failure(self, first: Exception, waiting: list[Any]) -> Exception:
+        """What went wrong on the ranks, of which one has told; the others' answers are still `waiting`."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        told = [first]
+        # One that died takes its connections with it, so that another may have complained first.
         done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_GRACE_SECONDS) if waiting else ([], [])
-        failed += [error for one in done if (error := _error_of(one))]
-        for error in failed:
-            if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-                raise EngineLost(
-                    f"a rank of training (of {self._world_size}) died: {str(error)[:500]}; a retry starts fresh ones"
-                ) from error
-        cause = getattr(failed[0], "cause", None)
-        raise (cause or failed[0]) from failed[0]
-
-
-def _error_of(answer: Any) -> Exception | None:
-    import ray
-
-    try:
-        ray.get(answer)
-    except Exception as error:
-        return error
-    return None
+        for one in done:
+            try:
+                ray.get(one)
+            except Exception as error:
+                told.append(error)
+        died = next((error for error in told if not isinstance(error, RayTaskError)), None)
+        if died is None:
+            return getattr(first, "cause", None) or first
+        return EngineLost(
+            f"a rank of training (of {self._world_size}) died: {str(died)[:500]}; a retry starts fresh ones"
+        )

@@ -53,6 +53,9 @@ class ReplayEngine(_FSDPEngine):
     Needs `use_remove_padding=False`: rows are matched to tokens in the padded layout.
     """
 
+    module: Any
+    optimizer: Any
+    lr_scheduler: Any
     routers: Routers
 
     def initialize(self) -> None:
@@ -90,9 +93,10 @@ class ReplayEngine(_FSDPEngine):
     def step(self, batch: TensorDict) -> Any:
         """verl's output of one optimizer step, seen before the weights changed."""
         method: Any = tu.get_non_tensor_data(batch, "method", None)
+        factor: Any = tu.get_non_tensor_data(batch, "lr_factor", 1.0)
         sequences: Any = tu.get_non_tensor_data(batch, "global_batch_size", None)
         with self.train_mode():
-            with self._scaled_learning_rate(tu.get_non_tensor_data(batch, "lr_factor", 1.0)):
+            with self._scaled_learning_rate(factor):
                 output = self.train_batch(batch, partial(ppo_loss, actor_config(method, sequences)))
             self.lr_scheduler_step()
         return output

@@ -1,24 +1,28 @@
 """The training of one rank, in the process that asks for it: no port, no Ray."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensordict import TensorDict
+from torch._C._distributed_c10d import HashStore
 
 from moe_replay.config import TrainingConfig
 from moe_replay.engines.ranks import RouterShape
-from moe_replay.engines.verl_settings import choose_platform, join_process_group, worker_config
+from moe_replay.engines.verl_settings import worker_config
 
 
 class SingleRank:
     """verl's FSDP2 engine in this process (a `moe_replay.engines.ranks.Ranks`)."""
 
     def __init__(self, training: TrainingConfig):
-        choose_platform()
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VERL_PLATFORM", "cpu")
         import verl  # noqa: F401 (chooses the platform and loads our plugin, before any engine is imported)
 
-        join_process_group()
+        _join_process_group()
         self._training = training
         self.engine: Any = None
 
@@ -56,3 +60,11 @@ class SingleRank:
     def step(self, batch: TensorDict) -> dict[str, Any]:
         """verl's output of an optimizer step."""
         return self.engine.step(batch)
+
+
+def _join_process_group() -> None:
+    """A process group of one, without a port."""
+    if torch.distributed.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

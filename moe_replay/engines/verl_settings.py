@@ -1,33 +1,12 @@
 """What verl is told of a run's training: model, engine, optimizer and policy loss, in verl's own configs."""
 
-import os
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch._C._distributed_c10d import HashStore
 
 from moe_replay.config import TrainingConfig
 from moe_replay.methods import Method
 
 _FOREVER = 1 << 30
-
-
-def choose_platform() -> None:
-    """Have verl work on the CPU where there is no GPU. Its modules look when they are imported, so call it before."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VERL_PLATFORM", "cpu")
-
-
-def join_process_group(world_size: int = 1) -> None:
-    """One rank needs no port; more of them meet at what MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE say."""
-    if torch.distributed.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if world_size > 1:
-        torch.distributed.init_process_group(backend)
-    else:
-        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def worker_config(model: Path, training: TrainingConfig) -> Any:

@@ -2,6 +2,7 @@
 
 import random
 import resource
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,15 @@ def open_model(bench: Bench, progress: Progress, model: Path, config: RunConfig)
     return bench.engine.num_experts, bench.engine.top_k, bench.engine.layers
 
 
+def configure(bench: Bench, progress: Progress, config: RunConfig) -> None:
+    """Take method and temperature of another config with the calls to come; the engine stays as it was built."""
+    bench.config = config
+
+
+def load_weights(bench: Bench, progress: Progress, folder: Path, weights: str, is_checkpoint: bool) -> None:
+    bench.held.load(folder, weights, is_checkpoint)
+
+
 def load(bench: Bench, progress: Progress, folder: Path, weights: str, is_checkpoint: bool) -> bool:
     """Load weights; returns whether anything was built for it."""
     ranks: Any = bench.held._ranks
@@ -169,6 +179,17 @@ def registered_losses(bench: Bench, progress: Progress) -> list[str]:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     return sorted(POLICY_LOSS_REGISTRY)
+
+
+def drive_ranks(log: str, model: str) -> None:
+    """A driving process with an engine of two ranks; says so once they work, and waits."""
+    from moe_replay.engines.process import EngineProcess, no_progress
+
+    engine = EngineProcess("training_calls:Bench", (), "training", Path(log), {"OMP_NUM_THREADS": "1"})
+    config = make_config(resources={"training_world_size": 2})
+    engine.call("training_calls:open_model", no_progress, Path(model), config)
+    print("ranks work", flush=True)
+    time.sleep(600)
 
 
 def _sequences(batch: Batch) -> "list[TokenSequence]":
