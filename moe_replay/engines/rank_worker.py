@@ -25,6 +25,8 @@ from moe_replay.engines.verl_settings import model_config, worker_config
 class ReplayWorker(TrainingWorker):
     """Holds this rank's shard of the model; `RayRanks` calls its methods on all ranks at once."""
 
+    engine: Any
+
     def __init__(self, model: Path, training: TrainingConfig):
         if get_device_name() == "cpu":
             torch.distributed.init_process_group("gloo")

@@ -102,7 +102,7 @@ class RayRanks:
             )
         ids: Any = batch["input_ids"]
         work = calculate_workload(ids.offsets().diff()).tolist()
-        shares = get_seqlen_balanced_partitions(work, self._world_size, equal_size=True)
+        shares: Any = get_seqlen_balanced_partitions(work, self._world_size, equal_size=True)
         return [place for share in shares for place in share]
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
@@ -141,6 +141,5 @@ class RayRanks:
         died = next((error for error in told if not isinstance(error, RayTaskError)), None)
         if died is None:
             return getattr(first, "cause", None) or first
-        return EngineLost(
-            f"a rank of training (of {self._world_size}) died: {str(died)[:500]}; a retry starts fresh ones"
-        )
+        reason = " ".join(str(died).split())[:500]
+        return EngineLost(f"a rank of training (of {self._world_size}) died: {reason}; a retry starts fresh ones")

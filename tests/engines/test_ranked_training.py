@@ -51,7 +51,8 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+def two_ranks(bench: EngineProcess, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """Imports of its own while `bench` is at those of one rank."""
     log = tmp_path_factory.mktemp("logs") / "training.log"
     process = EngineProcess("training_calls:Bench", (), "training", log, {"OMP_NUM_THREADS": "1"})
     assert Trainer(process).open_model(model, config_of(2)) == (E, 2, LAYERS)
