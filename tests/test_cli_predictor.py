@@ -45,7 +45,7 @@ def test_tables_name_evidence_layers_and_what_to_do_next(command):
     assert "1 of 2" in told
     assert "±" in told
     assert "KL not lowered enough" in told
-    assert "predictor fit run-1 --iteration 2" in told
+    assert "predictor fit run-1 --iteration 2 --root " in told
     first = command("report", "run-1", "--iteration", "0")
     assert "nothing: there is no fit before it" in first
 

@@ -6,12 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from asking import ask
 from command import SMALL, run_json
 from prefect_server import free_port
 
@@ -154,6 +154,4 @@ def processes_of(home: Path) -> list[psutil.Process]:
 
 
 def deployments(api: str) -> set[str]:
-    request = urllib.request.Request(f"{api}/deployments/filter", b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return {deployment["name"] for deployment in json.load(answer)}
+    return {deployment["name"] for deployment in ask(f"{api}/deployments/filter", {})}

@@ -24,7 +24,8 @@ DIGEST_BYTES = 16
 RouteCodec = Literal["expert-set", "zstd"]
 """What compresses the routes; it changes their size and nothing that is read."""
 
-_INDEX_ROWS = 65536
+INDEX_ROWS = 65536
+"""Rows per chunk of `offsets` and `token_digests`."""
 
 
 class RoutedSequence(NamedTuple):
@@ -198,7 +199,7 @@ class _Chunks:
 
 
 def _write_index(store: HashingStore, name: str, rows: npt.NDArray[Any]) -> None:
-    chunks = (min(max(1, len(rows)), _INDEX_ROWS), *rows.shape[1:])
+    chunks = (min(max(1, len(rows)), INDEX_ROWS), *rows.shape[1:])
     array = create_array(store, name, rows.shape, chunks, rows.dtype)
     if len(rows):
         array[:] = rows

@@ -21,6 +21,7 @@ from moe_replay.cli.exchange import export, import_
 from moe_replay.cli.fork import fork
 from moe_replay.cli.gc import gc
 from moe_replay.cli.load import load
+from moe_replay.cli.plan import plan
 from moe_replay.cli.predictor import fit, report
 from moe_replay.cli.status import status
 from moe_replay.cli.training import resume, run
@@ -45,6 +46,7 @@ app.command(compare)
 app.command(evaluate)
 app.command(counterfactual)
 app.command(dashboard)
+app.command(plan)
 app.command(archive)
 archive.command(inspect)
 archive.command(verify)

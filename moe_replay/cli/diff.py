@@ -12,6 +12,7 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of, run_and_iteration
+from moe_replay.config import as_argument
 from moe_replay.drawing import check_figure
 from moe_replay.stages.samples import read_answers
 
@@ -122,14 +123,14 @@ def _share(value: float | None) -> str:
 
 
 def _say_next(found: Comparison, figure: Path | None, root: str | None) -> None:
-    at = f" --root {root}" if root else ""
+    again = f"{command_name()} archive diff {found.a} {as_argument(found.b, root)}"
     if not found.shared_sequences:
         told = (
             "the two have no sequence in common; name iterations of the same prompts and seed as RUN@ITERATION\n"
-            f"next:  {command_name()} status {found.a.partition('@')[0]}{at}"
+            f"next:  {command_name()} status {as_argument(found.a.partition('@')[0], root)}"
         )
     elif figure is not None:
-        told = f"drew {figure}\nnext:  {command_name()} archive diff {found.a} {found.b}{at} --json     (every number)"
+        told = f"drew {figure}\nnext:  {again} --json     (every number)"
     else:
-        told = f"next:  {command_name()} archive diff {found.a} {found.b}{at} --figure diff.png     (a heat map)"
+        told = f"next:  {again} --figure diff.png     (a heat map)"
     out.print(escape(told), highlight=False, soft_wrap=True)

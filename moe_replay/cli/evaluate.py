@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moe_replay.cli.console import Json, Root, command_name, err, out, run_and_iteration
 from moe_replay.cli.running import holding_from_here
-from moe_replay.config import RunConfig, document_with, parse_as, parse_override
+from moe_replay.config import RunConfig, as_argument, document_with, parse_as, parse_override
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
 from moe_replay.interrupts import interrupts_kept
@@ -106,10 +106,9 @@ def _show(done: "Evaluated", root: str | None) -> None:
     out.print(table)
     if done.already_committed:
         out.print("this checkpoint was evaluated before under these settings; nothing was to be done")
-    at = f" --root {root}" if root else ""
     out.print(
         f"\nevaluation {done.evaluation_id}\nMLflow     run {done.mlflow_run_id}\n"
-        f"\nnext:  {command_name()} status {done.evaluation_id}{at}\n"
+        f"\nnext:  {command_name()} status {as_argument(done.evaluation_id, root)}\n"
         f"       {command_name()} ui          (MLflow and Prefect in the browser)",
         highlight=False,
         markup=False,

@@ -186,7 +186,7 @@ def _tell_import(imported: RouteArchive, root: str | None, as_json: bool) -> Non
         f"{provenance.run_id}, iteration {provenance.iteration}: {provenance.captured_rows:,} rows captured, "
         f"{provenance.missing_rows:,} missing, {provenance.padded_rows:,} of padding left out\n"
         f"next:  {command_name()} archive inspect {named}\n"
-        f"       {command_name()} archive diff {provenance.run_id} OTHER_RUN{f' --root {root}' if root else ''}"
+        f"       {command_name()} archive diff {provenance.run_id} {as_argument('OTHER_RUN', root)}"
     )
 
 

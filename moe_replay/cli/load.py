@@ -11,6 +11,7 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
+from moe_replay.config import as_argument
 from moe_replay.drawing import check_figure
 
 
@@ -93,7 +94,7 @@ def _show(study: LoadStudy) -> None:
 
 
 def _say_next(study: LoadStudy, figure: Path | None, root: str | None) -> None:
-    again = f"{command_name()} archive load {study.run_id}" + (f" --root {root}" if root else "")
+    again = f"{command_name()} archive load {as_argument(study.run_id, root)}"
     if study.slots == study.num_experts and study.devices > 1:
         told = f"next:  {again} --slots {study.num_experts + study.devices}     (a replica on each device)"
     elif figure is None:

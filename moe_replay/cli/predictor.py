@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
-from moe_replay.config import PredictorConfig, parse_config, parse_override
+from moe_replay.config import PredictorConfig, as_argument, parse_config, parse_override
 from moe_replay.drawing import check_figure
 from moe_replay.errors import ConfigError
 from moe_replay.reports.predictor_figure import draw_predictor
@@ -125,8 +125,7 @@ def _write(folder: Path, objects: dict[str, bytes]) -> None:
 
 
 def _call(command: str, run_id: str, iteration: int, root: str | None) -> str:
-    at = f" --root {root}" if root else ""
-    return f"{command_name()} predictor {command} {run_id} --iteration {iteration}{at}"
+    return f"{command_name()} predictor {command} {as_argument(f'{run_id} --iteration {iteration}', root)}"
 
 
 def _tell(found: PredictorReport, figure: Path | None, as_json: bool) -> None:

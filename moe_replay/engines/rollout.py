@@ -144,9 +144,10 @@ class RolloutEngine:
         outputs = self._llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=_progress_bar(progress)
         )
-        responses = [self._response(output) for output in outputs]
-        if responses:
-            refuse_dead_capture(RoutingTrace.concatenate([response.trace for response in responses]))
+        # Each of vLLM's outputs goes once it is read, so that a batch's routes, which are large, are held once.
+        outputs.reverse()
+        responses = [self._response(outputs.pop()) for _ in requests]
+        refuse_dead_capture([response.trace for response in responses])
         return responses
 
     def _ask(self, method: str, *args: Any) -> Any:

@@ -79,11 +79,11 @@ def _refusing_dead_capture(sequences: Iterator[RoutedSequence]) -> Iterator[Rout
         if held is not None:
             held.append(sequence.trace)
             if sum(int(trace.valid_T.sum()) for trace in held) >= _JUDGED_TOKENS:
-                refuse_dead_capture(RoutingTrace.concatenate(held))
+                refuse_dead_capture(held)
                 held = None
         yield sequence
     if held:
-        refuse_dead_capture(RoutingTrace.concatenate(held))
+        refuse_dead_capture(held)
 
 
 def _read_jsonl(path: Path, model: ModelShape) -> Iterator[RoutedSequence]:

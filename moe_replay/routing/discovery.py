@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_replay.errors import ConfigError
+from moe_replay.routing.declared import TOP_K_KEYS
 
 _ROUTER_NAMES = ("gate", "router")
-_TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k", "num_experts_per_token")
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def _weight_shape(gate: nn.Module) -> tuple[int, int]:
 
 def _top_k(path: str, gate: nn.Module, block: nn.Module, config: Any) -> int:
     values = [getattr(module, "top_k", None) for module in (gate, block)]
-    values += [getattr(config, name, None) for name in _TOP_K_NAMES]
+    values += [getattr(config, name, None) for name in TOP_K_KEYS]
     top_k = next((value for value in values if isinstance(value, int)), None)
     if top_k is None:
         raise ConfigError(
             f"experts per token is read from top_k of the router or its block, or from the config's "
-            f"{', '.join(_TOP_K_NAMES)}; {path} has none: this model family cannot be replayed"
+            f"{', '.join(TOP_K_KEYS)}; {path} has none: this model family cannot be replayed"
         )
     return top_k
 

@@ -172,24 +172,26 @@ def check_layers(layers: tuple[int, ...]) -> None:
         )
 
 
-def refuse_dead_capture(trace: RoutingTrace) -> None:
+def refuse_dead_capture(traces: Sequence[RoutingTrace]) -> None:
     """Raise RoutingMismatch when the engine's capture buffer was evidently never written.
 
-    Give it the whole rollout batch: the rule speaks of many tokens. A kernel that fuses routing into the expert
-    computation leaves the buffer as it was, so each layer repeats one row, order included, for all tokens. An
-    all-zero buffer with K >= 2 names an expert twice and never becomes a RoutingTrace. Routes of real routers pass,
-    collapsed ones too: a collapsed router stays constant in its own layer, but routers of several layers do not all
-    keep one order of one set over MIN_TOKENS_TO_JUDGE tokens. Not judged are a single layer (collapse looks the
-    same) and K = E (every token has the same set by right).
+    Give it the whole rollout batch, whose traces are of one model: the rule speaks of many tokens. A kernel that fuses
+    routing into the expert computation leaves the buffer as it was, so each layer repeats one row, order included, for
+    all tokens. An all-zero buffer with K >= 2 names an expert twice and never becomes a RoutingTrace. Routes of real
+    routers pass, collapsed ones too: a collapsed router stays constant in its own layer, but routers of several layers
+    do not all keep one order of one set over MIN_TOKENS_TO_JUDGE tokens. Not judged are a single layer (collapse looks
+    the same) and K = E (every token has the same set by right).
     """
-    ids_VLK = trace.ids_TLK[trace.valid_T]
-    num_rows = len(ids_VLK)
-    if num_rows < MIN_TOKENS_TO_JUDGE or trace.num_layers < 2 or trace.top_k == trace.num_experts:
+    num_rows = sum(int(trace.valid_T.sum()) for trace in traces)
+    first = next((trace for trace in traces if trace.valid_T.any()), None)
+    if first is None or num_rows < MIN_TOKENS_TO_JUDGE or first.num_layers < 2 or first.top_k == first.num_experts:
         return
-    if (ids_VLK == ids_VLK[:1]).all():
+    row_LK = first.ids_TLK[first.valid_T.argmax()]
+    # Trace by trace, up to the first that differs: the batch's routes are large, and live ones differ in the first.
+    if all((trace.ids_TLK[trace.valid_T] == row_LK).all() for trace in traces):
         raise RoutingMismatch(
-            f"all {num_rows} captured tokens have the same routes in each of {trace.num_layers} layers (experts "
-            f"{ids_VLK[0, 0].tolist()} in decoder layer {trace.layers[0]}); the engine's fused kernel bypasses route "
+            f"all {num_rows} captured tokens have the same routes in each of {first.num_layers} layers (experts "
+            f"{row_LK[0].tolist()} in decoder layer {first.layers[0]}); the engine's fused kernel bypasses route "
             "capture: use an engine and kernel that record routes, or a method without them"
         )
 

@@ -9,8 +9,11 @@ from moe_replay.methods import Method
 
 
 def is_predicted(rollout: Artifact) -> bool:
-    """Whether a rollout was served under a predictor, so that the routes captured are PR2's and not R3's."""
-    return "predictor" in rollout.commit.inputs
+    """Whether a rollout was served under a predictor, so that the routes captured are PR2's and not R3's.
+
+    One that steers no layer moves no route, and only one that steers has a fidelity to tell.
+    """
+    return "predictor/merge_fidelity" in rollout.commit.metrics
 
 
 def require_replayable(store: RunStore, iteration: int, methods: Sequence[Method]) -> Artifact:

@@ -102,3 +102,6 @@ def test_by_default_only_what_can_be_told_is_asked(compared: Compared) -> None:
     assert tellable_methods(compared.store("r3"), 1) == ["r2", "r3"]
     assert tellable_methods(compared.store("at-once"), 1) == ["r2", "pr2"]
     assert tellable_methods(compared.store("in-the-old-pass"), 1) == ["r2", "r3", "pr2"]
+    # The predictor of the first iteration of a run of PR2 is zero: it moves no route.
+    assert "predictor" in compared.store("pr2").committed("rollout", 1).commit.inputs
+    assert tellable_methods(compared.store("pr2"), 1) == ["r2", "r3", "pr2"]

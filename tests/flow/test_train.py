@@ -83,8 +83,8 @@ def test_pr2_rolls_out_under_the_predictor_that_was_fitted_before_and_evaluates_
     assert evaluation is not None
     assert rollout.commit.inputs["predictor"] == fitted.ref
     assert RouteArchive.open(routes).provenance.origins[0].predictor_sha256 == fitted.ref.sha256
-    used = compared.metrics("at-once", 0)["predictor/layers_used"] > 0
-    assert ("predictor/merge_fidelity" in compared.metrics("at-once", 1)) is used
+    assert compared.metrics("at-once", 0)["predictor/layers_used"] > 0
+    assert "predictor/merge_fidelity" in compared.metrics("at-once", 1)
     assert "predictor" not in evaluation.commit.inputs
     assert store.commit_of("predictor", 1) is not None
 

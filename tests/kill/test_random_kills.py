@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "method": "pr2",
         "iterations": ITERATIONS,
         "predictor.judged_on": "held_out",
+        "predictor.held_out": 0.5,
         "predictor.evidence": 0.0,
     },
 }

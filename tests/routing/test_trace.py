@@ -155,44 +155,48 @@ def test_an_all_zero_capture_is_refused():
 
 def test_an_all_zero_capture_of_top_1_routes_is_refused():
     with pytest.raises(RoutingMismatch, match="bypasses route capture"):
-        refuse_dead_capture(trace_of(np.zeros((64, 2, 1), int)))
+        refuse_dead_capture([trace_of(np.zeros((64, 2, 1), int))])
 
 
 def test_a_capture_that_repeats_one_row_for_all_tokens_is_refused():
     with pytest.raises(RoutingMismatch, match="bypasses route capture"):
-        refuse_dead_capture(trace_of(np.repeat(routes(1), 100, axis=0)))
+        refuse_dead_capture([trace_of(np.repeat(routes(1), 100, axis=0))])
 
 
 def test_missing_rows_do_not_hide_a_dead_capture():
     sequences = [RoutingTrace.from_capture(np.repeat(routes(1), 20, axis=0), 21, 8, (0, 1)) for _ in range(5)]
     with pytest.raises(RoutingMismatch, match="all 100 captured tokens"):
-        refuse_dead_capture(RoutingTrace.concatenate(sequences))
+        refuse_dead_capture(sequences)
 
 
 def test_a_live_capture_passes():
-    refuse_dead_capture(trace_of(routes(100)))
+    refuse_dead_capture([trace_of(routes(100))])
+
+
+def test_sequences_that_differ_from_each_other_alone_pass():
+    refuse_dead_capture([trace_of(np.repeat(routes(1), 50, axis=0)), trace_of(np.repeat(routes(2)[1:], 50, axis=0))])
 
 
 def test_one_collapsed_router_among_live_ones_passes():
     ids_TLK = routes(100)
     ids_TLK[:, 0] = [3, 1]
-    refuse_dead_capture(trace_of(ids_TLK))
+    refuse_dead_capture([trace_of(ids_TLK)])
 
 
 def test_a_model_of_one_collapsed_router_passes():
-    refuse_dead_capture(trace_of(np.repeat(routes(1, num_layers=1), 100, axis=0)))
+    refuse_dead_capture([trace_of(np.repeat(routes(1, num_layers=1), 100, axis=0))])
 
 
 def test_a_model_that_uses_every_expert_passes():
-    refuse_dead_capture(trace_of(np.tile([0, 1], (100, 2, 1)), num_experts=2))
+    refuse_dead_capture([trace_of(np.tile([0, 1], (100, 2, 1)), num_experts=2)])
 
 
 def test_few_equal_tokens_are_not_judged():
-    refuse_dead_capture(trace_of(np.repeat(routes(1), 63, axis=0)))
+    refuse_dead_capture([trace_of(np.repeat(routes(1), 63, axis=0))])
 
 
 def test_an_empty_trace_is_not_judged():
-    refuse_dead_capture(trace_of(np.zeros((0, 2, 2), int)))
+    refuse_dead_capture([trace_of(np.zeros((0, 2, 2), int))])
 
 
 def test_ascending_keeps_the_sets_and_the_missing_rows():
