@@ -8,7 +8,7 @@ from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess
 from moe_replay.errors import ConfigError, OutOfMemory
 
-_ONE_RANK = ResourcesConfig()
+_ONE_OF_EACH = ResourcesConfig()
 
 
 class EnginePool:
@@ -24,7 +24,7 @@ class EnginePool:
         rollout: RolloutConfig,
         training: TrainingConfig,
         logs: Path,
-        resources: ResourcesConfig = _ONE_RANK,
+        resources: ResourcesConfig = _ONE_OF_EACH,
     ):
         """`weights` names the weights of `model`, from which both engines start."""
         self._model = model
@@ -42,9 +42,9 @@ class EnginePool:
         self.training()
 
     def rollout(self) -> EngineProcess:
-        """The process of the vLLM engine (`moe_replay.engines.rollout.RolloutEngine`)."""
-        arguments = (self._model, self._weights, self._rollout_config)
-        return self._get("rollout", "moe_replay.engines.rollout:RolloutEngine", arguments, rollout.ENVIRONMENT)
+        """The process of the vLLM engine (`moe_replay.engines.rollout.RolloutEngine`), or of what drives several."""
+        arguments = (self._model, self._weights, self._rollout_config, self._resources)
+        return self._get("rollout", "moe_replay.engines.replicas:make_rollout", arguments, rollout.ENVIRONMENT)
 
     def training(self) -> EngineProcess:
         """The process of the verl engine (`moe_replay.engines.training.TrainingEngine`)."""

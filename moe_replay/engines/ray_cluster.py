@@ -1,4 +1,4 @@
-"""The Ray cluster that ranks run on: the one that RAY_ADDRESS names, else one of this machine alone.
+"""The Ray cluster that ranks and replicas run on: the one that RAY_ADDRESS names, else one of this machine alone.
 
 A cluster of our own ends with the process that started it, however that ends: Ray has the kernel tell its daemons.
 """
@@ -23,8 +23,11 @@ _LOCK = "lock"
 class RayCluster:
     """A connection of this process; one at a time, as Ray has it."""
 
-    def __init__(self, ranks: int):
-        """Raises ConfigError when there is no cluster at RAY_ADDRESS, or one without a GPU, or CPU, for each rank."""
+    def __init__(self, processes: int, key: str):
+        """For so many processes that compute, as the config's `key` asks for.
+
+        Raises ConfigError when there is no cluster at RAY_ADDRESS, or one without a GPU, or CPU, for each of them.
+        """
         import ray
 
         self._own: tuple[Path, TextIO] | None = None
@@ -44,15 +47,15 @@ class RayCluster:
             self._own = _session_folder()
             ray.init(
                 address="local",
-                num_cpus=ranks,
+                num_cpus=processes,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(self._own[0] / "ray"),  # to which Ray gives everybody access, but not to what is above
                 **quiet,
             )
         atexit.register(self.close)
-        self.device = _device(ray.cluster_resources(), ranks, address)
-        """What the ranks compute on: `GPU` or `CPU`."""
+        self.device = _device(ray.cluster_resources(), processes, key, address)
+        """What they compute on: `GPU` or `CPU`."""
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
@@ -66,13 +69,13 @@ class RayCluster:
             lock.close()
 
 
-def _device(there: Mapping[str, float], ranks: int, address: str | None) -> str:
+def _device(there: Mapping[str, float], processes: int, key: str, address: str | None) -> str:
     device = "GPU" if there.get("GPU") and os.environ.get("VERL_PLATFORM") != "cpu" else "CPU"
-    if (number := int(there.get(device, 0))) < ranks:
+    if (number := int(there.get(device, 0))) < processes:
         where = f"the Ray cluster at {address}" if address else "this machine"
         raise ConfigError(
-            f"resources.training_world_size = {ranks} takes a {device} for each rank, and {where} has {number}; lower "
-            "it, or give a larger cluster in RAY_ADDRESS"
+            f"{key} = {processes} takes a {device} for each, and {where} has {number}; lower it, or give a larger "
+            "cluster in RAY_ADDRESS"
         )
     return device
 

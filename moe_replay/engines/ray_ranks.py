@@ -27,7 +27,7 @@ class RayRanks:
     def __init__(self, training: TrainingConfig, world_size: int):
         self._training = training
         self._world_size = world_size
-        self._cluster = RayCluster(world_size)
+        self._cluster = RayCluster(world_size, "resources.training_world_size")
         self._group: Any = None
         # verl's modules look for their platform when they are imported, and a driver need not have the workers' device.
         if self._cluster.device == "CPU":

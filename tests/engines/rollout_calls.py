@@ -1,5 +1,7 @@
 """What tests have vLLM do beside its engine's own methods; imported by name in its process."""
 
+import os
+import signal
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
 
 if TYPE_CHECKING:
+    from moe_replay.engines.replicas import RolloutReplicas
     from moe_replay.engines.rollout import RolloutEngine
 
 
@@ -38,6 +41,26 @@ def load(
 def held(engine: "RolloutEngine", progress: Progress) -> tuple[str | None, str | None, str | None, float | None]:
     """(Weights, predictor, digest of the checkpoint's gates, merge fidelity)."""
     return engine.weights, engine.predictor_sha256, engine.gates_sha256, engine.merge_fidelity
+
+
+def replicas(engine: "RolloutReplicas", progress: Progress) -> list[int]:
+    """Their process ids."""
+    return engine.pids
+
+
+def generate_while_one_dies(
+    engine: "RolloutReplicas", progress: Progress, requests: Sequence[Request], temperature: float
+) -> list[Response]:
+    """As `generate`; the first replica is killed once every replica has a share to work on."""
+    first = engine.pids[0]
+    killed = []
+
+    def kill_first(*_: Any) -> None:
+        if not killed:
+            os.kill(first, signal.SIGKILL)
+            killed.append(first)
+
+    return engine.generate(requests, temperature, kill_first)
 
 
 def route(engine: "RolloutEngine", progress: Progress, layer: int, hidden_TH: np.ndarray) -> tuple[str, np.ndarray]:
