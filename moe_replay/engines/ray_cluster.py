@@ -34,7 +34,13 @@ class RayCluster:
         address = os.environ.get("RAY_ADDRESS")
         if address:
             _require_answer(address)
-            ray.init(address=address, **quiet)
+            try:
+                ray.init(address=address, **quiet)
+            except ConnectionError as error:
+                raise ConfigError(
+                    f"the Ray cluster at RAY_ADDRESS = {address} does not take this process ({error}); one with a "
+                    "secret wants it in RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token"
+                ) from error
         else:
             # A secret of its own, or Ray would write one into the user's home.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

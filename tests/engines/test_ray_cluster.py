@@ -19,7 +19,7 @@ from moe_replay.errors import ConfigError
 pytestmark = pytest.mark.slow
 
 BATCH = random_batch(sequences=10)
-SECRET = {"RAY_AUTH_TOKEN": "of-this-test-" + "0" * 51}
+SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-this-test-" + "0" * 51}
 
 
 @pytest.fixture
@@ -34,7 +34,13 @@ def serve(folder: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray = Path(sys.executable).with_name("ray")
-    options = [f"--port={port}", "--num-cpus=2", "--include-dashboard=false", f"--temp-dir={folder}"]
+    options = [
+        f"--port={port}",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+        f"--temp-dir={folder}",
+    ]
     command = [ray, "start", "--head", "--block", *options]
     with subprocess.Popen(command, env={**os.environ, **SECRET}, stdout=subprocess.PIPE, text=True) as head:
         assert head.stdout is not None
