@@ -21,6 +21,8 @@ from moe_replay.config import TrainingConfig
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.verl_settings import model_config, worker_config
 
+_ON_ALL_RANKS: Any = Dispatch["ONE_TO_ALL"]
+
 
 class ReplayWorker(TrainingWorker):
     """Holds this rank's shard of the model; `RayRanks` calls its methods on all ranks at once."""
@@ -33,7 +35,7 @@ class ReplayWorker(TrainingWorker):
         self._training = training
         super().__init__(worker_config(model, training))
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    @register(dispatch_mode=_ON_ALL_RANKS, blocking=False)
     def build(self, model: Path) -> RouterShape:
         """See `Ranks.build`."""
         # What was built before goes first: two of them would double the peak of memory.

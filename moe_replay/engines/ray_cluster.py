@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from moe_replay.errors import ConfigError
 
 _PREFIX = "moe-replay-ray-"
 _LOCK = "lock"
+_CONNECT_SECONDS = 10.0
 
 
 class RayCluster:
@@ -34,12 +36,13 @@ class RayCluster:
         quiet: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": True}
         address = os.environ.get("RAY_ADDRESS")
         if address:
+            _require_answer(address)
             try:
                 ray.init(address=address, **quiet)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except ConnectionError as error:
                 raise ConfigError(
-                    f"no Ray cluster answers at RAY_ADDRESS = {address} ({error}); start it (ray start --head), or "
-                    "unset RAY_ADDRESS to have one on this machine for the run"
+                    f"the Ray cluster at RAY_ADDRESS = {address} does not take this process ({error}); one with a "
+                    "secret wants it in RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token"
                 ) from error
         else:
             # A secret of its own, or Ray would write one into the user's home.
@@ -49,7 +52,6 @@ class RayCluster:
                 address="local",
                 num_cpus=processes,
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
                 _temp_dir=str(self._own[0] / "ray"),  # to which Ray gives everybody access, but not to what is above
                 **quiet,
             )
@@ -67,6 +69,19 @@ class RayCluster:
             folder, lock = self._own
             shutil.rmtree(folder, ignore_errors=True)
             lock.close()
+
+
+def _require_answer(address: str) -> None:
+    """Tell at once what Ray would find out in a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host or port.isdecimal():  # else Ray's word for a cluster of this machine
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at RAY_ADDRESS = {address} ({error}); give HOST:PORT of one that this machine has "
+            "joined (ray start), or unset RAY_ADDRESS to have one on this machine for the run"
+        ) from error
 
 
 def _device(there: Mapping[str, float], processes: int, key: str, address: str | None) -> str:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,17 +19,28 @@ from moe_replay.errors import ConfigError
 pytestmark = pytest.mark.slow
 
 BATCH = random_batch(sequences=10)
-SECRET = {"RAY_AUTH_TOKEN": "of-this-test-" + "0" * 51}
+SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-this-test-" + "0" * 51}
 
 
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """Address of a Ray cluster of two CPUs that somebody else has started."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's own are too long for a socket's path
+        yield from serve(folder)
+
+
+def serve(folder: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray = Path(sys.executable).with_name("ray")
-    options = ["--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    options = [
+        f"--port={port}",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+        f"--temp-dir={folder}",
+    ]
     command = [ray, "start", "--head", "--block", *options]
     with subprocess.Popen(command, env={**os.environ, **SECRET}, stdout=subprocess.PIPE, text=True) as head:
         assert head.stdout is not None
@@ -68,7 +80,7 @@ def test_a_cluster_without_room_for_the_ranks_is_refused(cluster, model, tmp_pat
 
 
 def test_an_address_where_no_cluster_is_is_refused(model, tmp_path):
-    process = start(tmp_path / "training.log", RAY_ADDRESS="127.0.0.1:9", RAY_raylet_start_wait_time_s="5", **SECRET)
+    process = start(tmp_path / "training.log", RAY_ADDRESS="127.0.0.1:9", **SECRET)
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at RAY_ADDRESS = 127\.0\.0\.1:9"):
         Trainer(process).open_model(model, config_of(2))
     process.stop()
