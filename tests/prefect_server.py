@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SCHEDULES_EVERY_SECONDS = 10
+"""How often the server looks at all schedules; a minute by default."""
+
 
 def free_port() -> int:
     """A loopback port that nobody listens on."""
@@ -25,7 +28,11 @@ def serving_prefect(folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    own = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_MEMO_STORE_PATH": str(folder / "memo_store.toml")}
+    own = {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_SERVER_MEMO_STORE_PATH": str(folder / "memo_store.toml"),
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": str(SCHEDULES_EVERY_SECONDS),
+    }
     url = f"http://127.0.0.1:{port}/api"
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **own})

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from asking import ask, until
 from command import SMALL
+from prefect_server import SCHEDULES_EVERY_SECONDS
 
 from moe_replay.config import EvaluationConfig, RolloutConfig, RunConfig, document_with
 from moe_replay.evaluations import EvaluationRequest
@@ -88,8 +89,8 @@ def scheduled(
 ) -> dict[str, Any]:
     """A flow run that a schedule has started, and that has trained an iteration."""
     url = f"{prefect_api}/deployments/{deployments['train']['id']}/schedules"
-    # The server looks at all schedules once a minute, if not before, and what is past by then is due in a day.
-    soon = (datetime.now(UTC) + timedelta(seconds=75)).isoformat()
+    # What is past when the server looks at schedules is due in a day.
+    soon = (datetime.now(UTC) + timedelta(seconds=2 * SCHEDULES_EVERY_SECONDS)).isoformat()
     schedule = {"interval": timedelta(days=1).total_seconds(), "anchor_date": soon}
     ask(url, [{"schedule": schedule, "active": True, "slug": "soon", "parameters": parameters}])
     until(lambda: (run_folder / "iterations/00000/training/_committed.json").exists(), "nothing was trained")
