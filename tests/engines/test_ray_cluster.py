@@ -74,7 +74,7 @@ def test_ranks_run_in_the_cluster_that_ray_address_names_and_leave_it_as_it_was(
 
 def test_a_cluster_without_room_for_the_ranks_is_refused(cluster, model, tmp_path):
     process = start(tmp_path / "training.log", RAY_ADDRESS=cluster, **SECRET)
-    with pytest.raises(ConfigError, match=rf"= 3 takes a CPU for each rank, and the Ray cluster at {cluster} has 2"):
+    with pytest.raises(ConfigError, match=rf"= 3 takes a CPU for each, and the Ray cluster at {cluster} has 2"):
         Trainer(process).open_model(model, config_of(3))
     process.stop()
 
