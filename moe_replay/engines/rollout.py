@@ -212,7 +212,7 @@ def _progress_bar(progress: Progress) -> Any:
 
     class Reporter(tqdm):
         def display(self, *args: Any, **kwargs: Any) -> None:
-            if not str(self.desc).startswith("Adding"):  # vLLM draws a bar of its own for queueing requests
+            if str(self.desc).startswith("Processed"):  # vLLM draws bars of their own for rendering and queueing
                 progress(int(self.n), int(self.total or 0), "responses")
 
     return Reporter

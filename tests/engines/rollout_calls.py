@@ -13,6 +13,9 @@ from moe_replay.config import RolloutConfig
 from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
 
+LONGEST_PROMPT = 300
+CONFIG = RolloutConfig(dtype="float32", max_prompt_tokens=LONGEST_PROMPT, max_response_tokens=8)
+
 if TYPE_CHECKING:
     from moe_replay.engines.replicas import RolloutReplicas
     from moe_replay.engines.rollout import RolloutEngine
@@ -29,6 +32,18 @@ def generate(
     engine: "RolloutEngine", progress: Progress, requests: Sequence[Request], temperature: float
 ) -> list[Response]:
     return engine.generate(requests, temperature, progress)
+
+
+def generate_in_shares(
+    engine: "RolloutEngine", progress: Progress, requests: Sequence[Request], temperature: float, share: int
+) -> tuple[list[Response], list[tuple[int, int]]]:
+    """As `generate` where the config says `share`; also (done, total) of the progress that was told."""
+    config, told = engine.config, []
+    engine.config = config.model_copy(update={"share": share})
+    try:
+        return engine.generate(requests, temperature, lambda done, total, _: told.append((done, total))), told
+    finally:
+        engine.config = config
 
 
 def load(

@@ -1,26 +1,23 @@
 """vLLM replicas under Ray, beside one engine that samples the same shares."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from models import write_perturbed
+from rollout_calls import CONFIG, LONGEST_PROMPT
 
-from moe_replay.config import ResourcesConfig, RolloutConfig, load_config
+from moe_replay.config import ResourcesConfig, load_config
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess, no_progress
 from moe_replay.engines.rollout import Request, Response, shares_of
 from moe_replay.errors import ConfigError
 
-CONFIG = RolloutConfig(dtype="float32", share=5)
+SHARE = 5
 REQUESTS = 17
-
-
-def started(assets, replicas: int, log) -> EngineProcess:
-    arguments = (assets.model, "embedded", CONFIG, ResourcesConfig(rollout_replicas=replicas))
-    return EngineProcess("moe_replay.engines.replicas:make_rollout", arguments, "rollout", log, rollout.ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +27,12 @@ def requests(assets) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def single(assets, tmp_path_factory) -> Iterator[EngineProcess]:
-    engine = started(assets, 1, tmp_path_factory.mktemp("logs") / "rollout.log")
-    yield engine
-    engine.stop()
-
-
-@pytest.fixture(scope="module")
-def replicas(assets, single, tmp_path_factory) -> Iterator[EngineProcess]:
+def replicas(assets, tmp_path_factory) -> Iterator[EngineProcess]:
     """Two; when they are stopped, no process of theirs or of Ray's stays."""
-    engine = started(assets, 2, tmp_path_factory.mktemp("logs") / "rollout.log")
+    config = CONFIG.model_copy(update={"share": SHARE})
+    arguments = (assets.model, "embedded", config, ResourcesConfig(rollout_replicas=2))
+    log = tmp_path_factory.mktemp("logs") / "rollout.log"
+    engine = EngineProcess("moe_replay.engines.replicas:make_rollout", arguments, "rollout", log, rollout.ENVIRONMENT)
     yield engine
     family = psutil.Process(engine.pid).children(recursive=True)
     assert len(family) > 2
@@ -58,42 +51,42 @@ def assert_same(one: list[Response], other: list[Response]) -> None:
         np.testing.assert_array_equal(a.trace.ids_TLK, b.trace.ids_TLK)
 
 
-def test_an_engine_samples_share_by_share(single, requests):
-    parts = [generate(single, requests[share]) for share in shares_of(REQUESTS, CONFIG.share)]
-    assert [len(part) for part in parts] == [5, 5, 5, 2]
-    assert_same(generate(single, requests), [response for part in parts for response in part])
+def share_by_share(engine: EngineProcess, requests: list[Request]) -> list[Response]:
+    """What one engine makes of the shares."""
+    parts = (generate(engine, requests[share]) for share in shares_of(len(requests), SHARE))
+    return [response for part in parts for response in part]
+
+
+def load(engines: tuple[EngineProcess, ...], folder: Path, weights: str) -> None:
+    for engine in engines:
+        engine.call("rollout_calls:load", no_progress, folder, weights)
 
 
 def test_replicas_give_what_one_engine_gives_under_the_weights_that_were_loaded_last(
-    single, replicas, requests, assets, tmp_path
+    embedded, replicas, requests, assets, tmp_path
 ):
-    assert_same(generate(replicas, requests), generate(single, requests))
-    perturbed = write_perturbed(assets.model, tmp_path / "perturbed")
-    for engine in (single, replicas):
-        engine.call("rollout_calls:load", no_progress, perturbed, "perturbed")
-    assert replicas.call("rollout_calls:held", no_progress) == single.call("rollout_calls:held", no_progress)
-    assert_same(generate(replicas, requests), generate(single, requests))
+    assert_same(generate(replicas, requests), share_by_share(embedded, requests))
+    load((embedded, replicas), write_perturbed(assets.model, tmp_path / "perturbed"), "perturbed")
+    assert replicas.call("rollout_calls:held", no_progress) == embedded.call("rollout_calls:held", no_progress)
+    assert_same(generate(replicas, requests), share_by_share(embedded, requests))
 
 
 def test_the_share_of_a_replica_that_dies_goes_to_another_and_the_next_load_replaces_it(
-    single, replicas, requests, assets
+    embedded, replicas, requests, assets
 ):
-    for engine in (single, replicas):
-        engine.call("rollout_calls:load", no_progress, assets.model, "again")
-    expected, before = generate(single, requests), replicas.call("rollout_calls:replicas", no_progress)
+    load((replicas,), assets.model, "again")
+    expected, before = share_by_share(embedded, requests), replicas.call("rollout_calls:replicas", no_progress)
     assert_same(generate(replicas, requests, "generate_while_one_dies"), expected)
     assert replicas.call("rollout_calls:replicas", no_progress) == before[1:]
-    for engine in (single, replicas):
-        engine.call("rollout_calls:load", no_progress, assets.model, "once more")
+    load((replicas,), assets.model, "once more")
     assert len(replicas.call("rollout_calls:replicas", no_progress)) == 2
     assert_same(generate(replicas, requests), expected)
 
 
-def test_a_prompt_that_is_refused_is_named_by_its_place_in_the_batch(single, replicas, requests):
-    long = Request([{"role": "user", "content": "1" * 100}], 0)
-    for engine in (single, replicas):
-        with pytest.raises(ConfigError, match="prompt 17 of the batch has 100 tokens"):
-            generate(engine, [*requests, long])
+def test_a_prompt_that_is_refused_is_named_by_its_place_in_the_batch(replicas, requests):
+    long = Request([{"role": "user", "content": "1" * (LONGEST_PROMPT + 1)}], 0)
+    with pytest.raises(ConfigError, match="prompt 17 of the batch has 301 tokens"):
+        generate(replicas, [*requests, long])
 
 
 def test_more_replicas_than_shares_are_refused():
