@@ -71,6 +71,9 @@ class RolloutConfig(Config):
     """Precision of the inference engine."""
     gate_dtype: Literal["engine", "float32"] = "engine"
     """Precision of the inference engine's routers: its own, or float32, in which small predictions survive."""
+    share: PositiveInt | None = None
+    """Sequences that an engine samples at a time, by default all of a stage. Which ones are sampled together decides
+    how sums are rounded: results depend on it, and on nothing else of how replicas share out the work."""
     memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Share of a GPU's memory that vLLM may take; the rest is the trainer's. Has no effect on a CPU."""
 
@@ -97,6 +100,17 @@ class TrainingConfig(Config):
     """Recompute activations in backward instead of keeping them."""
     dtype: Dtype = "float32"
     """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
+
+
+class ResourcesConfig(Config):
+    """On how much hardware a run computes. Results do not depend on it, but for the order in which sums are rounded."""
+
+    training_world_size: PositiveInt = 1
+    """Ranks that share out the training of each mini-batch, each with a GPU, or a CPU where there is none. One works in
+    the run's own process; more run under Ray, in the cluster that RAY_ADDRESS names or in one of this machine."""
+    rollout_replicas: PositiveInt = 1
+    """vLLM engines that take shares (rollout.share) of rollout and evaluation as they are free; more than one run under
+    Ray, like ranks of training."""
 
 
 class EvolutionConfig(Config):
@@ -219,6 +233,7 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig = TrainingConfig()
+    resources: ResourcesConfig = ResourcesConfig()
     evolution: EvolutionConfig = EvolutionConfig()
     predictor: PredictorConfig = PredictorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -234,6 +249,20 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.mini_steps = {self.training.mini_steps} does not divide the rollout batch of "
                 f"rollout.prompts * rollout.responses = {sequences} sequences; change one of the three"
+            )
+        of_a_step, ranks = sequences // self.training.mini_steps, self.resources.training_world_size
+        if of_a_step % ranks:
+            raise ValueError(
+                f"resources.training_world_size = {ranks} does not divide the {of_a_step} sequences of a mini-step "
+                f"(rollout.prompts * rollout.responses / training.mini_steps = {sequences} / "
+                f"{self.training.mini_steps}); change one of the four"
+            )
+        shares = -(-sequences // (self.rollout.share or sequences))
+        if self.resources.rollout_replicas > shares:
+            raise ValueError(
+                f"resources.rollout_replicas = {self.resources.rollout_replicas} engines have {shares} share(s) of the "
+                f"rollout batch of {sequences} sequences to work on; set rollout.share to "
+                f"{max(1, sequences // self.resources.rollout_replicas)} sequences or fewer, or lower the replicas"
             )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:

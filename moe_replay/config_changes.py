@@ -14,8 +14,9 @@ from moe_replay.stages.completion import missing_stages
 
 CHANGEABLE = ("iterations", "evaluation")
 """Keys, or sections of them, on which nothing that is trained from depends."""
-_NO_PART_OF_A_RUN = {"storage": {"root"}, "stages": True, "tracking": True, "alarm": True}
-"""Where a run's artifacts are reached, how its stages are retried and how it is watched: changes freely."""
+_NO_PART_OF_A_RUN = {"storage": {"root"}, "resources": True, "stages": True, "tracking": True, "alarm": True}
+"""Where a run's artifacts are reached, what computes them, how its stages are retried and how it is watched: changes
+freely."""
 _ABSENT = "absent"
 
 

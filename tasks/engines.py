@@ -22,7 +22,8 @@ def engines_of(run: Run) -> EnginePool:
     key = _key(run)
     if key not in _pools:
         logs = run.home / "logs" / run.run_id
-        _pools[key] = EnginePool(run.model, run.model_sha256, run.config.rollout, run.config.training, logs)
+        config = run.config
+        _pools[key] = EnginePool(run.model, run.model_sha256, config.rollout, config.training, logs, config.resources)
     return _pools[key]
 
 
@@ -62,7 +63,7 @@ def _key(run: Run) -> str:
     """Runs at work at the same time have engines of their own; a process can answer one caller at a time."""
     if not _keepers:
         return f"{run.root}/{run.run_id}"
-    return f"{run.model} {run.model_sha256} {run.config.model_dump_json(include={'rollout', 'training'})}"
+    return f"{run.model} {run.model_sha256} {run.config.model_dump_json(include={'rollout', 'training', 'resources'})}"
 
 
 def _close_unused() -> None:

@@ -136,6 +136,20 @@ def test_mini_steps_must_divide_the_rollout_batch(prompts, responses, mini_steps
             parse_config(document)
 
 
+@given(st.integers(1, 12), st.integers(2, 12), st.integers(1, 20))
+def test_ranks_must_divide_the_mini_batch(prompts, responses, ranks):
+    document = {
+        "rollout": {"prompts": prompts, "responses": responses},
+        "training": {"mini_steps": prompts},
+        "resources": {"training_world_size": ranks},
+    }
+    if responses % ranks == 0:
+        assert parse_config(document).resources.training_world_size == ranks
+    else:
+        with pytest.raises(ConfigError, match=f"= {ranks} does not divide the {responses} sequences of a mini-step"):
+            parse_config(document)
+
+
 def test_a_micro_batch_must_hold_the_longest_sequence():
     with pytest.raises(ConfigError, match="holds no sequence"):
         parse_config({"training": {"micro_batch_tokens": 39}})
@@ -145,6 +159,11 @@ def test_a_micro_batch_must_hold_the_longest_sequence():
 def test_a_setting_is_a_finite_number(value):
     with pytest.raises(ConfigError, match=r"training\.learning_rate"):
         load_config(None, dict([parse_override(f"training.learning_rate={value}")]))
+
+
+def test_hardware_is_no_part_of_what_a_runs_stages_depend_on():
+    ranked = parse_config({"resources": {"training_world_size": 4}})
+    assert all(ranked.digest(*sections) == RunConfig().digest(*sections) for sections in STAGE_SECTIONS.values())
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():

@@ -94,7 +94,8 @@ def _ask(
             f"{taken - 1}, and no policy after it; take one from {taken - 1} on"
         )
     run = prepare(config, store.run_id, _progress)
-    pool = EnginePool(run.model, run.model_sha256, config.rollout, config.training, make_home() / "logs" / store.run_id)
+    logs = make_home() / "logs" / store.run_id
+    pool = EnginePool(run.model, run.model_sha256, config.rollout, config.training, logs, config.resources)
     try:
         call = "moe_replay.stages.counterfactual:replay_counterfactually"
         return pool.training().call(call, _progress, run, taken, after, chosen)

@@ -63,17 +63,21 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
         """
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
         base_lrs = self.lr_scheduler.base_lrs
-        state, scheduler = _read_optimizer(Path(local_path) / OPTIMIZER_FOLDER)
+        folder = Path(local_path) / OPTIMIZER_FOLDER
+        scalars = json.loads((folder / _SCALARS).read_text())
+        # The first rank alone reads the moments, and hands each of the others its shard.
+        state = _read_state(folder, scalars["param_groups"]) if self.rank == 0 else {}
         try:
-            if state["param_groups"]:  # else it took no step
-                options = StateDictOptions(full_state_dict=True)
+            if scalars["param_groups"]:  # else it took no step
+                options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
                 set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=state, options=options)
         except (KeyError, RuntimeError, ValueError) as error:
+            covered = len(state.get("state", {}))
             raise ArchiveCorrupt(
-                f"the optimizer state in {local_path} covers {len(state['state'])} parameters and does not fit this "
+                f"the optimizer state in {local_path} covers {covered} parameters and does not fit this "
                 f"model ({error}); resume with the model the run was started with"
             ) from error
-        self.lr_scheduler.load_state_dict(scheduler | {"base_lrs": base_lrs})
+        self.lr_scheduler.load_state_dict(scalars["scheduler"] | {"base_lrs": base_lrs})
         # Each of verl's schedules multiplies the learning rate by a function of the step.
         assert isinstance(self.lr_scheduler, LambdaLR)
         factors = [factor(self.lr_scheduler.last_epoch) for factor in self.lr_scheduler.lr_lambdas]
@@ -100,11 +104,10 @@ def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, A
     (folder / _SCALARS).write_text(json.dumps(document, sort_keys=True))
 
 
-def _read_optimizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    document = json.loads((folder / _SCALARS).read_text())
+def _read_state(folder: Path, param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     state: dict[str, dict[str, torch.Tensor]] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         for key, value in load_file(shard).items():
             parameter, slot = key.rsplit("/", 1)
             state.setdefault(parameter, {})[slot] = value
-    return {"state": state, "param_groups": document["param_groups"]}, document["scheduler"]
+    return {"state": state, "param_groups": param_groups}

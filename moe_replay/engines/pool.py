@@ -3,10 +3,12 @@
 import atexit
 from pathlib import Path
 
-from moe_replay.config import RolloutConfig, TrainingConfig
+from moe_replay.config import ResourcesConfig, RolloutConfig, TrainingConfig
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess
 from moe_replay.errors import ConfigError, OutOfMemory
+
+_ONE_OF_EACH = ResourcesConfig()
 
 
 class EnginePool:
@@ -15,12 +17,21 @@ class EnginePool:
     An engine is only a cache of weights: any of them can be dropped at any time, the next call builds a fresh one.
     """
 
-    def __init__(self, model: Path, weights: str, rollout: RolloutConfig, training: TrainingConfig, logs: Path):
+    def __init__(
+        self,
+        model: Path,
+        weights: str,
+        rollout: RolloutConfig,
+        training: TrainingConfig,
+        logs: Path,
+        resources: ResourcesConfig = _ONE_OF_EACH,
+    ):
         """`weights` names the weights of `model`, from which both engines start."""
         self._model = model
         self._weights = weights
         self._rollout_config = rollout
         self._training_config = training
+        self._resources = resources
         self._logs = logs
         self._running: dict[str, EngineProcess] = {}
         atexit.register(self.close)
@@ -31,13 +42,13 @@ class EnginePool:
         self.training()
 
     def rollout(self) -> EngineProcess:
-        """The process of the vLLM engine (`moe_replay.engines.rollout.RolloutEngine`)."""
-        arguments = (self._model, self._weights, self._rollout_config)
-        return self._get("rollout", "moe_replay.engines.rollout:RolloutEngine", arguments, rollout.ENVIRONMENT)
+        """The process of the vLLM engine (`moe_replay.engines.rollout.RolloutEngine`), or of what drives several."""
+        arguments = (self._model, self._weights, self._rollout_config, self._resources)
+        return self._get("rollout", "moe_replay.engines.replicas:make_rollout", arguments, rollout.ENVIRONMENT)
 
     def training(self) -> EngineProcess:
         """The process of the verl engine (`moe_replay.engines.training.TrainingEngine`)."""
-        arguments = (self._model, self._weights, self._training_config)
+        arguments = (self._model, self._weights, self._training_config, self._resources)
         return self._get("training", "moe_replay.engines.training:TrainingEngine", arguments, {})
 
     def take_smaller_micro_batches(self, failed: OutOfMemory, longest: int) -> int:

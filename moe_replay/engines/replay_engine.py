@@ -8,7 +8,9 @@ the micro-batch itself, in the layout that the model is about to see. All but th
 - `routed_experts`, verl's own: routes to replay, [B, tokens, L, K], -1 in rows without a route;
 - `reference_experts`, likewise: routes whose coverage gap is measured, by default those replayed;
 - `sampled_rows`: bool [B, tokens], the tokens whose router features are kept;
-- `gate_predictor`, non-tensor: W_p [E, H] by decoder layer, to route by h (W + W_p).
+- `gate_predictor`, non-tensor: W_p [E, H] by decoder layer, to route by h (W + W_p);
+- `method` and `lr_factor`, non-tensor, of a step: the method whose policy loss it is on, and what multiplies the
+  learning rate of this step alone.
 
 What it saw comes back in the model's output, in the order of the sequences: `live_experts` [B, tokens, L, K] always,
 the routers' own choice; `coverage_gap` [B, tokens, L] with a reference; `router_hidden` [B, sampled, L, H] and
@@ -16,7 +18,10 @@ the routers' own choice; `coverage_gap` [B, tokens, L] with a reference; `router
 was routed, with a predictor.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +31,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.utils.losses import ppo_loss
 
 from moe_replay.engines.checkpoint import SafetensorsCheckpointManager
+from moe_replay.engines.ranks import RouterShape
+from moe_replay.engines.verl_settings import actor_config
 from moe_replay.routing.routers import Routers
 
 MODEL_TYPE = "replayed_language_model"
@@ -45,12 +53,19 @@ class ReplayEngine(_FSDPEngine):
     Needs `use_remove_padding=False`: rows are matched to tokens in the padded layout.
     """
 
+    module: Any
+    optimizer: Any
+    lr_scheduler: Any
     routers: Routers
 
     def initialize(self) -> None:
         """Build model and optimizer as verl does, then find the routers of the live, sharded model."""
+        # verl's worker names the engine here, by what the engine itself looks up how to read the model.
+        self.model_config.model_type = "language_model"
         super().initialize()
         self.routers = Routers(self.module)
+        # Others of transformers' implementations are 10 to 50 times slower on a CPU.
+        self.module.set_experts_implementation("grouped_mm")
         self.checkpoint_manager = SafetensorsCheckpointManager(
             model=self.module,
             optimizer=self.optimizer,
@@ -58,6 +73,45 @@ class ReplayEngine(_FSDPEngine):
             processing_class=self.model_config.get_processor(),
             checkpoint_config=self.checkpoint_config,
         )
+
+    def release(self) -> None:
+        """Let go of model and optimizer, so that others can be built in their room."""
+        self.module = self.optimizer = self.lr_scheduler = self.checkpoint_manager = None
+        gc.collect()
+
+    @property
+    def router_shape(self) -> RouterShape:
+        """Of the model that was built."""
+        routers = self.routers
+        return RouterShape(routers.num_experts, routers.top_k, routers.layers, routers.hidden_size)
+
+    def score(self, batch: TensorDict) -> Any:
+        """verl's output of a pass without gradient."""
+        with self.eval_mode():
+            return self.infer_batch(batch)
+
+    def step(self, batch: TensorDict) -> Any:
+        """verl's output of one optimizer step, seen before the weights changed."""
+        method: Any = tu.get_non_tensor_data(batch, "method", None)
+        factor: Any = tu.get_non_tensor_data(batch, "lr_factor", 1.0)
+        sequences: Any = tu.get_non_tensor_data(batch, "global_batch_size", None)
+        with self.train_mode():
+            with self._scaled_learning_rate(factor):
+                output = self.train_batch(batch, partial(ppo_loss, actor_config(method, sequences)))
+            self.lr_scheduler_step()
+        return output
+
+    @contextmanager
+    def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
+        groups = self.optimizer.param_groups
+        scheduled = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] *= factor
+        try:
+            yield
+        finally:
+            for group, learning_rate in zip(groups, scheduled, strict=True):
+                group["lr"] = learning_rate
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         """As verl's; targets outlive each forward, since recompute meets them again in backward, but not the batch."""

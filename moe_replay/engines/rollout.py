@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,18 +124,28 @@ class RolloutEngine:
         self.weights, self.predictor_sha256, self.merge_fidelity = weights, sha256, fidelity
 
     def generate(self, requests: Sequence[Request], temperature: float, progress: Progress) -> list[Response]:
-        """Sample one response for each request, in their order.
+        """Sample one response for each request, in their order, a share of them at a time.
 
         Raises:
             ConfigError: a prompt is longer than `max_prompt_tokens`.
             RoutingMismatch: routes are absent, misaligned, or all alike.
         """
+        prompts = self._tokenize([request.messages for request in requests])
+        responses: list[Response] = []
+        for share in shares_of(len(requests), self.config.share):
+            told = partial(_add_progress, progress, share.start, len(requests))
+            responses += self._sample(prompts[share], requests[share], temperature, told)
+        refuse_dead_capture([response.trace for response in responses])
+        return responses
+
+    def _sample(
+        self, prompts: Sequence[list[int]], requests: Sequence[Request], temperature: float, progress: Progress
+    ) -> list[Response]:
         from vllm import SamplingParams
 
         # A cached block holds keys, values and routes of the weights it was computed under, and a batch that finds
         # blocks in the cache is computed in another shape than one that doesn't: start each batch without.
         self._llm.reset_prefix_cache()
-        prompts = self._tokenize([request.messages for request in requests])
         sampling = [
             SamplingParams(
                 temperature=temperature, max_tokens=self.config.max_response_tokens, logprobs=0, seed=request.seed
@@ -146,19 +157,17 @@ class RolloutEngine:
         )
         # Each of vLLM's outputs goes once it is read, so that a batch's routes, which are large, are held once.
         outputs.reverse()
-        responses = [self._response(outputs.pop()) for _ in requests]
-        refuse_dead_capture([response.trace for response in responses])
-        return responses
+        return [self._response(outputs.pop()) for _ in requests]
 
     def _ask(self, method: str, *args: Any) -> Any:
         """Have every worker of vLLM run a method of `PolicyLoader`; the first one's answer."""
         return self._llm.collective_rpc(method, args=args)[0]
 
-    def _tokenize(self, conversations: list[list[dict[str, Any]]]) -> list[list[int]]:
+    def _tokenize(self, conversations: list[list[dict[str, Any]]], first: int = 0) -> list[list[int]]:
         tokenizer, longest = self._llm.get_tokenizer(), self.config.max_prompt_tokens
         return [
             encode_prompt(tokenizer, messages, longest, f"prompt {number} of the batch")
-            for number, messages in enumerate(conversations)
+            for number, messages in enumerate(conversations, first)
         ]
 
     def _response(self, output: Any) -> Response:
@@ -187,13 +196,23 @@ class RolloutEngine:
         )
 
 
+def shares_of(requests: int, share: int | None) -> list[slice]:
+    """The parts of a batch that are sampled together, each of `share` requests but the last; by default all."""
+    step = share or max(1, requests)
+    return [slice(start, start + step) for start in range(0, requests, step)]
+
+
+def _add_progress(progress: Progress, before: int, total: int, done: int, _: int, what: str) -> None:
+    progress(before + done, total, what)
+
+
 def _progress_bar(progress: Progress) -> Any:
     """A tqdm class that reports to `progress` instead of drawing."""
     from tqdm import tqdm
 
     class Reporter(tqdm):
         def display(self, *args: Any, **kwargs: Any) -> None:
-            if not str(self.desc).startswith("Adding"):  # vLLM draws a bar of its own for queueing requests
+            if str(self.desc).startswith("Processed"):  # vLLM draws bars of their own for rendering and queueing
                 progress(int(self.n), int(self.total or 0), "responses")
 
     return Reporter

@@ -1,15 +1,12 @@
-"""verl as the training engine: old log-probs and optimizer steps under given routes, in one process.
+"""verl as the training engine: old log-probs and optimizer steps under given routes.
 
 Shapes: N sequences, S response tokens of the longest, T tokens of one sequence or of all, P of them sampled, L MoE
 layers, K experts per token, E experts, H hidden size.
 """
 
-import gc
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +15,18 @@ import numpy.typing as npt
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 
 from moe_replay.archive.layout import MODEL_FOLDER
-from moe_replay.config import TrainingConfig
+from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.memory import ran_out_of_memory
+from moe_replay.engines.ranks import make_ranks
 from moe_replay.engines.training_batch import PassRoutes, TokenSequence, as_batch, token_fields
 from moe_replay.errors import OutOfMemory
 from moe_replay.methods import Method
 from moe_replay.routing.observation import RouterFeatures
 from moe_replay.routing.trace import RoutingTrace
 
-_FOREVER = 1 << 30
+_IN_THIS_PROCESS = ResourcesConfig()
 
 
 @dataclass(frozen=True)
@@ -57,43 +54,35 @@ class Pass:
 
 
 class TrainingEngine:
-    """verl's FSDP2 engine around one model, with the replay of `replay_engine`."""
+    """verl's FSDP2 engine around one model, on one rank or more, with the replay of `replay_engine`."""
 
-    def __init__(self, model: Path, weights: str, training: TrainingConfig):
-        if not torch.cuda.is_available():
-            os.environ.setdefault("VERL_PLATFORM", "cpu")
-        import verl  # noqa: F401 (chooses the platform and loads our plugin, before any engine is imported)
-
-        _join_process_group()
-        self._training = training
+    def __init__(
+        self, model: Path, weights: str, training: TrainingConfig, resources: ResourcesConfig = _IN_THIS_PROCESS
+    ):
+        self._ranks = make_ranks(training, resources)
         self.micro_batch_tokens = training.micro_batch_tokens
-        """Most tokens of one forward pass."""
+        """Most tokens of one forward pass of a rank."""
         self.weights: str | None = weights
         """Which weights, and optimizer state, the engine holds, as the caller named them."""
-        self._engine = self._build(model)
-        routers = self._engine.routers
-        self.num_experts, self.top_k, self.layers = routers.num_experts, routers.top_k, routers.layers
-        self.hidden_size = routers.hidden_size
+        self._hold(model)
 
     def load(self, folder: Path, weights: str, is_checkpoint: bool) -> None:
         """Hold the weights of `folder`, named `weights`: a model to start from, or a checkpoint of `save`.
 
-        A model starts with a fresh optimizer; a checkpoint brings its own. Nothing happens when they are held already.
+        A model starts with a fresh optimizer; a checkpoint brings its own, whatever the number of ranks that wrote it.
+        Nothing happens when they are held already.
         """
         if weights == self.weights:
             return
         self.weights = None
-        # The old engine goes first: two of them would double the peak of memory.
-        del self._engine
-        gc.collect()
-        self._engine = self._build(folder / MODEL_FOLDER if is_checkpoint else folder)
+        self._hold(folder / MODEL_FOLDER if is_checkpoint else folder)
         if is_checkpoint:
-            self._engine.load_checkpoint(str(folder))
+            self._ranks.restore(folder)
         self.weights = weights
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint (`checkpoint.py` says what lies in it)."""
-        self._engine.save_checkpoint(str(folder))
+        self._ranks.save(folder)
 
     def score(
         self,
@@ -123,9 +112,7 @@ class TrainingEngine:
         asked = PassRoutes(routes, reference, sampled, predictor)
         with self._telling_of_memory(sequences):
             batch = self._batch(sequences, asked, temperature, calculate_entropy=True)
-            with self._engine.eval_mode():
-                output = self._engine.infer_batch(batch)
-            return self._pass(output, batch)
+            return _pass(self._ranks.score(batch), batch)
 
     def step(
         self,
@@ -145,75 +132,17 @@ class TrainingEngine:
         What is returned was seen before the weights changed. Routes, reference and sampled as in `score`; `lr_factor`
         multiplies the learning rate of this step alone.
         """
-        from verl.workers.utils.losses import ppo_loss
-
         per_token = {"old_log_probs": old_NS, "advantages": advantages_NS}
         if importance_NS is not None:
             per_token["rollout_is_weights"] = importance_NS
         with self._telling_of_memory(sequences):
-            batch = self._batch(sequences, PassRoutes(routes, reference, sampled), temperature, per_token)
+            asked = PassRoutes(routes, reference, sampled)
+            batch = self._batch(sequences, asked, temperature, per_token, method=method, lr_factor=lr_factor)
             self.weights = None
-            with self._engine.train_mode():
-                with self._scaled_learning_rate(lr_factor):
-                    output = self._engine.train_batch(batch, partial(ppo_loss, _actor_config(method, len(sequences))))
-                self._engine.lr_scheduler_step()
-            return self._pass(output, batch)
+            return _pass(self._ranks.step(batch), batch)
 
-    @contextmanager
-    def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
-        groups = self._engine.optimizer.param_groups
-        scheduled = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] *= factor
-        try:
-            yield
-        finally:
-            for group, learning_rate in zip(groups, scheduled, strict=True):
-                group["lr"] = learning_rate
-
-    def _build(self, model: Path) -> Any:
-        from verl.trainer.config import CheckpointConfig
-        from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-        from verl.workers.engine import EngineRegistry
-
-        from moe_replay.engines.replay_engine import MODEL_TYPE
-
-        training = self._training
-        engine = EngineRegistry.new(
-            model_type=MODEL_TYPE,
-            backend="fsdp2",
-            model_config=HFModelConfig(
-                path=str(model),
-                override_config={"attn_implementation": "sdpa"},
-                use_remove_padding=False,
-                enable_gradient_checkpointing=training.recompute,
-            ),
-            engine_config=FSDPEngineConfig(
-                strategy="fsdp2",
-                model_dtype="fp32",
-                mixed_precision={
-                    "param_dtype": {"float32": "fp32", "bfloat16": "bf16"}[training.dtype],
-                    "reduce_dtype": "fp32",
-                    "buffer_dtype": "fp32",
-                },
-                use_torch_compile=False,
-                param_offload=False,
-                optimizer_offload=False,
-            ),
-            optimizer_config=FSDPOptimizerConfig(
-                lr=training.learning_rate,
-                lr_warmup_steps=training.warmup_steps,
-                total_training_steps=_FOREVER,  # the schedule is constant after the warm-up and never ends
-                betas=training.adam_betas,
-                weight_decay=training.weight_decay,
-                clip_grad=training.max_grad_norm,
-            ),
-            checkpoint_config=CheckpointConfig(save_contents=[], load_contents=[]),
-        )
-        engine.initialize()
-        # Others of transformers' implementations are 10 to 50 times slower on a CPU.
-        engine.module.set_experts_implementation("grouped_mm")
-        return engine
+    def _hold(self, model: Path) -> None:
+        self.num_experts, self.top_k, self.layers, self.hidden_size = self._ranks.build(model)
 
     def _batch(
         self,
@@ -221,17 +150,17 @@ class TrainingEngine:
         asked: PassRoutes,
         temperature: float,
         per_token: dict[str, Tensor] | None = None,
-        calculate_entropy: bool = False,
+        **settings: object,
     ) -> TensorDict:
         fields = token_fields(sequences, per_token or {})
         fields |= asked.fields(sequences, self.num_experts, self.top_k, self.layers)
-        settings = {} if asked.predictor is None else {"gate_predictor": asked.predictor}
+        if asked.predictor is not None:
+            settings["gate_predictor"] = asked.predictor
         return as_batch(
             fields,
             len(sequences),
             max_token_len_per_gpu=self.micro_batch_tokens,
             temperature=temperature,
-            calculate_entropy=calculate_entropy,
             **settings,
         )
 
@@ -251,46 +180,22 @@ class TrainingEngine:
                 largest,
             ) from error
 
-    def _pass(self, output: dict[str, Any], batch: TensorDict) -> Pass:
-        from verl.workers.utils.padding import no_padding_2_padding
 
-        seen = output["model_output"]
-        live_TLK = seen["live_experts"].values().cpu()
-        entropy, gap, routed, features = *map(seen.get, ("entropy", "coverage_gap", "predicted_experts")), None
-        if "router_hidden" in seen:
-            features = RouterFeatures(seen["router_hidden"].values(), seen["router_logits"].values())
-        return Pass(
-            log_probs_NS=no_padding_2_padding(seen["log_probs"], batch).float().cpu(),
-            entropy_NS=None if entropy is None else no_padding_2_padding(entropy, batch).float().cpu(),
-            live_TLK=live_TLK,
-            coverage_gap_TL=torch.full(live_TLK.shape[:2], torch.nan) if gap is None else gap.values().cpu(),
-            loss=float(sum(output["loss"])),
-            grad_norm=float(output["metrics"].get("grad_norm", 0.0)),
-            features=features,
-            routed_TLK=None if routed is None else routed.values().cpu(),
-        )
+def _pass(output: dict[str, Any], batch: TensorDict) -> Pass:
+    from verl.workers.utils.padding import no_padding_2_padding
 
-
-def _actor_config(method: Method, sequences: int) -> Any:
-    """verl's own description of the method's policy loss over one mini-step."""
-    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
-
-    return FSDPActorConfig(
-        strategy="fsdp2",
-        rollout_n=1,  # read by verl's trainer, not by its loss
-        ppo_mini_batch_size=sequences,
-        ppo_micro_batch_size_per_gpu=sequences,
-        use_dynamic_bsz=True,
-        clip_ratio_low=method.clip_low,
-        clip_ratio_high=method.clip_high,
-        loss_agg_mode=method.loss_aggregation,
-        policy_loss=PolicyLossConfig(loss_mode=method.policy_loss),
+    seen = output["model_output"]
+    live_TLK = seen["live_experts"].values().cpu()
+    entropy, gap, routed, features = *map(seen.get, ("entropy", "coverage_gap", "predicted_experts")), None
+    if "router_hidden" in seen:
+        features = RouterFeatures(seen["router_hidden"].values(), seen["router_logits"].values())
+    return Pass(
+        log_probs_NS=no_padding_2_padding(seen["log_probs"], batch).float().cpu(),
+        entropy_NS=None if entropy is None else no_padding_2_padding(entropy, batch).float().cpu(),
+        live_TLK=live_TLK,
+        coverage_gap_TL=torch.full(live_TLK.shape[:2], torch.nan) if gap is None else gap.values().cpu(),
+        loss=float(sum(output["loss"])),
+        grad_norm=float(output["metrics"].get("grad_norm", 0.0)),
+        features=features,
+        routed_TLK=None if routed is None else routed.values().cpu(),
     )
-
-
-def _join_process_group() -> None:
-    """A process group of one, without a port. Under Ray the worker has joined the real one before."""
-    if torch.distributed.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from models import write_random
+from rollout_calls import CONFIG
 from trainer import Trainer
 
-from moe_replay.engines.process import EngineProcess
+from moe_replay.engines import rollout
+from moe_replay.engines.process import EngineProcess, no_progress
+from moe_replay.tiny import EmbeddedAssets
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +20,23 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     process = EngineProcess("training_calls:Bench", (), "training", logs / "training.log", {"OMP_NUM_THREADS": "1"})
     yield process
     process.stop()
+
+
+@pytest.fixture(scope="session")
+def rollout_engine(assets: EmbeddedAssets, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """An engine that starts from the embedded model."""
+    log = tmp_path_factory.mktemp("logs") / "rollout.log"
+    arguments = (assets.model, "embedded", CONFIG)
+    engine = EngineProcess("moe_replay.engines.rollout:RolloutEngine", arguments, "rollout", log, rollout.ENVIRONMENT)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def embedded(rollout_engine: EngineProcess, assets: EmbeddedAssets) -> EngineProcess:
+    """The engine with the embedded model's weights, whatever the test before has left."""
+    rollout_engine.call("rollout_calls:load", no_progress, assets.model, "embedded")
+    return rollout_engine
 
 
 @pytest.fixture

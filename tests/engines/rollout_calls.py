@@ -1,5 +1,7 @@
 """What tests have vLLM do beside its engine's own methods; imported by name in its process."""
 
+import os
+import signal
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +13,11 @@ from moe_replay.config import RolloutConfig
 from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
 
+LONGEST_PROMPT = 300
+CONFIG = RolloutConfig(dtype="float32", max_prompt_tokens=LONGEST_PROMPT, max_response_tokens=8)
+
 if TYPE_CHECKING:
+    from moe_replay.engines.replicas import RolloutReplicas
     from moe_replay.engines.rollout import RolloutEngine
 
 
@@ -28,6 +34,18 @@ def generate(
     return engine.generate(requests, temperature, progress)
 
 
+def generate_in_shares(
+    engine: "RolloutEngine", progress: Progress, requests: Sequence[Request], temperature: float, share: int
+) -> tuple[list[Response], list[tuple[int, int]]]:
+    """As `generate` where the config says `share`; also (done, total) of the progress that was told."""
+    config, told = engine.config, []
+    engine.config = config.model_copy(update={"share": share})
+    try:
+        return engine.generate(requests, temperature, lambda done, total, _: told.append((done, total))), told
+    finally:
+        engine.config = config
+
+
 def load(
     engine: "RolloutEngine", progress: Progress, folder: Path, weights: str, predictor: tuple[Path, str] | None = None
 ) -> str | None:
@@ -38,6 +56,26 @@ def load(
 def held(engine: "RolloutEngine", progress: Progress) -> tuple[str | None, str | None, str | None, float | None]:
     """(Weights, predictor, digest of the checkpoint's gates, merge fidelity)."""
     return engine.weights, engine.predictor_sha256, engine.gates_sha256, engine.merge_fidelity
+
+
+def replicas(engine: "RolloutReplicas", progress: Progress) -> list[int]:
+    """Their process ids."""
+    return engine.pids
+
+
+def generate_while_one_dies(
+    engine: "RolloutReplicas", progress: Progress, requests: Sequence[Request], temperature: float
+) -> list[Response]:
+    """As `generate`; the first replica is killed once every replica has a share to work on."""
+    first = engine.pids[0]
+    killed = []
+
+    def kill_first(*_: Any) -> None:
+        if not killed:
+            os.kill(first, signal.SIGKILL)
+            killed.append(first)
+
+    return engine.generate(requests, temperature, kill_first)
 
 
 def route(engine: "RolloutEngine", progress: Progress, layer: int, hidden_TH: np.ndarray) -> tuple[str, np.ndarray]:

@@ -22,19 +22,18 @@ from predictors import (
     write_predictor,
     write_weights,
 )
+from rollout_calls import CONFIG, LONGEST_PROMPT
 from training_calls import make_config, random_batch
 
-from moe_replay.config import RolloutConfig, TrainingConfig
+from moe_replay.config import TrainingConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
 from moe_replay.engines.pool import EnginePool
 from moe_replay.engines.process import EngineProcess, no_progress
-from moe_replay.engines.rollout import Request, Response
+from moe_replay.engines.rollout import Request, Response, shares_of
 from moe_replay.errors import ConfigError, EngineFailed, EngineLost, RoutingMismatch
 
 EOS_ID = 1
-LONGEST_PROMPT = 300
-CONFIG = RolloutConfig(dtype="float32", max_prompt_tokens=LONGEST_PROMPT, max_response_tokens=8)
 TOLERANCE = 2e-5  # fp32, two implementations of the same sums
 CLEAR_MARGIN = 1e-4  # of router logits; closer ones may fall either way
 LARGE = 0.1  # of a predictor; the embedded model's routers are of the same size
@@ -73,26 +72,9 @@ def perturbed(assets, tmp_path_factory) -> Path:
 def pool(perturbed, tmp_path_factory) -> Iterator[EnginePool]:
     """Engines that start from the perturbed model."""
     pool = EnginePool(perturbed, "perturbed", CONFIG, TrainingConfig(), tmp_path_factory.mktemp("logs"))
+    pool.rollout()  # starts in the background
     yield pool
     pool.close()
-
-
-@pytest.fixture(scope="module")
-def engine(assets, pool, tmp_path_factory) -> Iterator[EngineProcess]:
-    """An engine that starts from the embedded model."""
-    log = tmp_path_factory.mktemp("logs") / "rollout.log"
-    arguments = (assets.model, "embedded", CONFIG)
-    engine = EngineProcess("moe_replay.engines.rollout:RolloutEngine", arguments, "rollout", log, rollout.ENVIRONMENT)
-    pool.rollout()  # starts in the background
-    yield engine
-    engine.stop()
-
-
-@pytest.fixture
-def embedded(engine, assets) -> EngineProcess:
-    """The engine with the embedded model's weights, whatever the test before has left."""
-    load(engine, assets.model, "embedded")
-    return engine
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +165,15 @@ def test_a_response_ends_with_the_end_token_unless_truncated(embedded, questions
             assert EOS_ID not in response.response_ids
         else:
             assert response.response_ids.index(EOS_ID) == len(response.response_ids) - 1
+
+
+def test_shares_are_sampled_one_after_the_other_and_told_as_one_batch(embedded, questions):
+    responses, told = embedded.call("rollout_calls:generate_in_shares", no_progress, questions, 1.0, 12)
+    parts = [generate(embedded, questions[part]) for part in shares_of(len(questions), 12)]
+    assert [len(part) for part in parts] == [12, 12, 8]
+    assert_same(responses, [response for part in parts for response in part])
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (32, 32)
 
 
 def test_no_requests_give_no_responses(embedded):

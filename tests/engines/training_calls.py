@@ -2,6 +2,7 @@
 
 import random
 import resource
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,15 +101,25 @@ def open_model(bench: Bench, progress: Progress, model: Path, config: RunConfig)
     from moe_replay.engines.training import TrainingEngine
 
     bench.config = config
-    bench.engine = TrainingEngine(model, "initial", config.training)
+    bench.engine = TrainingEngine(model, "initial", config.training, config.resources)
     return bench.engine.num_experts, bench.engine.top_k, bench.engine.layers
+
+
+def configure(bench: Bench, progress: Progress, config: RunConfig) -> None:
+    """Take method and temperature of another config with the calls to come; the engine stays as it was built."""
+    bench.config = config
+
+
+def load_weights(bench: Bench, progress: Progress, folder: Path, weights: str, is_checkpoint: bool) -> None:
+    bench.held.load(folder, weights, is_checkpoint)
 
 
 def load(bench: Bench, progress: Progress, folder: Path, weights: str, is_checkpoint: bool) -> bool:
     """Load weights; returns whether anything was built for it."""
-    before = bench.held._engine
+    ranks: Any = bench.held._ranks
+    before = ranks.engine
     bench.held.load(folder, weights, is_checkpoint)
-    return bench.held._engine is not before
+    return ranks.engine is not before
 
 
 def save(bench: Bench, progress: Progress, folder: Path) -> None:
@@ -159,7 +170,8 @@ def name_of_weights(bench: Bench, progress: Progress) -> str | None:
 
 def weights(bench: Bench, progress: Progress) -> dict[str, np.ndarray]:
     """All parameters of the model, whole."""
-    state = bench.held._engine.module.state_dict()
+    ranks: Any = bench.held._ranks
+    state = ranks.engine.module.state_dict()
     return {name: getattr(value, "full_tensor", lambda v=value: v)().numpy().copy() for name, value in state.items()}
 
 
@@ -167,6 +179,17 @@ def registered_losses(bench: Bench, progress: Progress) -> list[str]:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     return sorted(POLICY_LOSS_REGISTRY)
+
+
+def drive_ranks(log: str, model: str) -> None:
+    """A driving process with an engine of two ranks; says so once they work, and waits."""
+    from moe_replay.engines.process import EngineProcess, no_progress
+
+    engine = EngineProcess("training_calls:Bench", (), "training", Path(log), {"OMP_NUM_THREADS": "1"})
+    config = make_config(resources={"training_world_size": 2})
+    engine.call("training_calls:open_model", no_progress, Path(model), config)
+    print("ranks work", flush=True)
+    time.sleep(600)
 
 
 def _sequences(batch: Batch) -> "list[TokenSequence]":

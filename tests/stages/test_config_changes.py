@@ -64,6 +64,14 @@ def test_only_what_nothing_is_trained_from_may_be_allowed(config, key):
         preflight(config, "run-1", [key])
 
 
+def test_a_run_goes_on_with_other_hardware_unasked(config):
+    run = go_on(config)
+    commit_iteration(run, 0)
+    again = go_on(config, resources__training_world_size=2)
+    assert again.config.resources.training_world_size == 2
+    assert again.find("training", 0, {"policy": run.initial_policy}) is not None
+
+
 def test_a_run_that_was_complete_goes_on(config):
     run = go_on(config)
     for iteration in range(5):

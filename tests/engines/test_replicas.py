@@ -1,0 +1,95 @@
+"""vLLM replicas under Ray, beside one engine that samples the same shares."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from models import write_perturbed
+from rollout_calls import CONFIG, LONGEST_PROMPT
+
+from moe_replay.config import ResourcesConfig, load_config
+from moe_replay.data.prompts import PromptTable
+from moe_replay.engines import rollout
+from moe_replay.engines.process import EngineProcess, no_progress
+from moe_replay.engines.rollout import Request, Response, shares_of
+from moe_replay.errors import ConfigError
+
+SHARE = 5
+REQUESTS = 17
+
+
+@pytest.fixture(scope="module")
+def requests(assets) -> list[Request]:
+    prompts = PromptTable.open(assets.benchmark).take(REQUESTS)
+    return [Request(prompt.messages, seed) for seed, prompt in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module")
+def replicas(assets, tmp_path_factory) -> Iterator[EngineProcess]:
+    """Two; when they are stopped, no process of theirs or of Ray's stays."""
+    config = CONFIG.model_copy(update={"share": SHARE})
+    arguments = (assets.model, "embedded", config, ResourcesConfig(rollout_replicas=2))
+    log = tmp_path_factory.mktemp("logs") / "rollout.log"
+    engine = EngineProcess("moe_replay.engines.replicas:make_rollout", arguments, "rollout", log, rollout.ENVIRONMENT)
+    yield engine
+    family = psutil.Process(engine.pid).children(recursive=True)
+    assert len(family) > 2
+    engine.stop()
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+def generate(engine: EngineProcess, requests: list[Request], function: str = "generate") -> list[Response]:
+    return engine.call(f"rollout_calls:{function}", no_progress, requests, 1.0)
+
+
+def assert_same(one: list[Response], other: list[Response]) -> None:
+    """To the last bit."""
+    for a, b in zip(one, other, strict=True):
+        assert (a.prompt_ids, a.response_ids, a.log_probs) == (b.prompt_ids, b.response_ids, b.log_probs)
+        np.testing.assert_array_equal(a.trace.ids_TLK, b.trace.ids_TLK)
+
+
+def share_by_share(engine: EngineProcess, requests: list[Request]) -> list[Response]:
+    """What one engine makes of the shares."""
+    parts = (generate(engine, requests[share]) for share in shares_of(len(requests), SHARE))
+    return [response for part in parts for response in part]
+
+
+def load(engines: tuple[EngineProcess, ...], folder: Path, weights: str) -> None:
+    for engine in engines:
+        engine.call("rollout_calls:load", no_progress, folder, weights)
+
+
+def test_replicas_give_what_one_engine_gives_under_the_weights_that_were_loaded_last(
+    embedded, replicas, requests, assets, tmp_path
+):
+    assert_same(generate(replicas, requests), share_by_share(embedded, requests))
+    load((embedded, replicas), write_perturbed(assets.model, tmp_path / "perturbed"), "perturbed")
+    assert replicas.call("rollout_calls:held", no_progress) == embedded.call("rollout_calls:held", no_progress)
+    assert_same(generate(replicas, requests), share_by_share(embedded, requests))
+
+
+def test_the_share_of_a_replica_that_dies_goes_to_another_and_the_next_load_replaces_it(
+    embedded, replicas, requests, assets
+):
+    load((replicas,), assets.model, "again")
+    expected, before = share_by_share(embedded, requests), replicas.call("rollout_calls:replicas", no_progress)
+    assert_same(generate(replicas, requests, "generate_while_one_dies"), expected)
+    assert replicas.call("rollout_calls:replicas", no_progress) == before[1:]
+    load((replicas,), assets.model, "once more")
+    assert len(replicas.call("rollout_calls:replicas", no_progress)) == 2
+    assert_same(generate(replicas, requests), expected)
+
+
+def test_a_prompt_that_is_refused_is_named_by_its_place_in_the_batch(replicas, requests):
+    long = Request([{"role": "user", "content": "1" * (LONGEST_PROMPT + 1)}], 0)
+    with pytest.raises(ConfigError, match="prompt 17 of the batch has 301 tokens"):
+        generate(replicas, [*requests, long])
+
+
+def test_more_replicas_than_shares_are_refused():
+    with pytest.raises(ConfigError, match=r"3 engines have 2 share\(s\) .* 256 sequences .* rollout.share to 85"):
+        load_config(None, {"resources.rollout_replicas": 3, "rollout.share": 128})
+    load_config(None, {"resources.rollout_replicas": 2, "rollout.share": 128})
