@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from asking import ask, checkpoints, mlflow, mlflow_steps, tasks_of
+from asking import ask, checkpoints, mlflow, mlflow_steps, tasks_of, until
 from command import SMALL
 
 from moe_replay.archive.artifacts import RunStore
+from tasks.heartbeats import HEARTBEAT
 
 STAGES = {"rollout", "routes", "training", "evaluation"}
 
@@ -91,3 +92,17 @@ def test_prefect_shows_iterations_with_their_stages_and_the_results_table(
     assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} <= names
     rows = json.loads(tables[-1]["data"])
     assert "mismatch/kl_k3" in rows[0]
+
+
+def test_iterations_give_signs_of_life_that_the_alerts_find(
+    exact_run: tuple[Path, dict[str, Any]], prefect_api: str
+) -> None:
+    runs = ask(f"{prefect_api}/flow_runs/filter", {"flow_runs": {"name": {"any_": ["exact-1"]}}})
+    wanted = {"event": {"name": [HEARTBEAT]}, "resource": {"id": [f"prefect.flow-run.{run['id']}" for run in runs]}}
+
+    def beats() -> list[dict[str, Any]]:
+        return ask(f"{prefect_api}/events/filter", {"filter": wanted})["events"]
+
+    for beat in until(beats, "no heartbeat of an iteration reached the server"):
+        flows = [one for one in beat["related"] if one["prefect.resource.role"] == "flow"]
+        assert [one["prefect.resource.name"] for one in flows] == ["iteration"]
