@@ -92,7 +92,7 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
 
 def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, Any]) -> None:
     tensors = {
-        f"{parameter}/{slot}": torch.as_tensor(value).contiguous()
+        f"{parameter}/{slot}": _alone(torch.as_tensor(value))
         for parameter, slots in state["state"].items()
         for slot, value in slots.items()
     }
@@ -102,6 +102,12 @@ def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, A
         save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=_SHARD_SIZE)
     document = {"param_groups": state["param_groups"], "scheduler": scheduler}
     (folder / _SCALARS).write_text(json.dumps(document, sort_keys=True))
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own: gathered from uneven shards it is a part of what was padded."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _read_state(folder: Path, param_groups: list[dict[str, Any]]) -> dict[str, Any]:

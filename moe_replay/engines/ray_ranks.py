@@ -29,6 +29,8 @@ class RayRanks:
         self._world_size = world_size
         self._cluster = RayCluster(world_size, "resources.training_world_size")
         self._group: Any = None
+        self._stuck = False
+        """Whether ranks are still at a call that failed on others: they may be waiting for those forever."""
         # verl's modules look for their platform when they are imported, and a driver need not have the workers' device.
         if self._cluster.device == "CPU":
             os.environ["VERL_PLATFORM"] = "cpu"
@@ -112,10 +114,12 @@ class RayRanks:
     def _answers(self, asked: list[Any]) -> list[Any]:
         """What the ranks return, in their order.
 
-        Raises what one of them raised; EngineLost when one died.
+        Raises what one of them raised; EngineLost when one died, or can't be asked after a call that failed.
         """
         import ray
 
+        if self._stuck:
+            raise EngineLost("ranks of training are still at a call that failed on others; a retry starts fresh ones")
         waiting, answers = list(asked), {}
         while waiting:
             (done, *_), waiting = ray.wait(waiting)
@@ -132,7 +136,8 @@ class RayRanks:
 
         told = [first]
         # One that died takes its connections with it, so that another may have complained first.
-        done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_GRACE_SECONDS) if waiting else ([], [])
+        done, stuck = ray.wait(waiting, num_returns=len(waiting), timeout=_GRACE_SECONDS) if waiting else ([], [])
+        self._stuck = bool(stuck)
         for one in done:
             try:
                 ray.get(one)

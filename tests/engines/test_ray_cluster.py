@@ -90,7 +90,7 @@ def test_ranks_and_rays_daemons_end_when_the_driver_of_their_engine_is_killed(mo
     program = "import sys, training_calls\nif __name__ == '__main__': training_calls.drive_ranks(*sys.argv[1:])\n"
     (tmp_path / "driver.py").write_text(program)
     command = [sys.executable, tmp_path / "driver.py", tmp_path / "training.log", model]
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as driver:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "ranks work\n"
