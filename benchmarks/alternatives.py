@@ -21,10 +21,8 @@ rewards, advantages and the pipe; `Prefect and all else` is what is left of the 
 
 import argparse
 import itertools
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import uuid
@@ -33,7 +31,7 @@ from typing import Any, NamedTuple
 
 import bare_loop
 import clocks
-from trl_grpo import GENERATE, OLD_LOG_PROBS, STEPS
+from trl_grpo import GENERATE, OLD_LOG_PROBS, STEPS, Trl
 
 from moe_replay.config import RunConfig, load_config, parse_override
 from moe_replay.engines.pool import EnginePool
@@ -123,7 +121,7 @@ def main() -> None:
     print(f"TRL {trl.version}" if trl.version else f"no TRL in {asked.trl_python}: pip install trl, and run again")
 
 
-def measure(rounds: int, settings: dict[str, Any], trl: "Trl", memory: Path) -> dict[str, list[Measured]]:
+def measure(rounds: int, settings: dict[str, Any], trl: Trl, memory: Path) -> dict[str, list[Measured]]:
     """What each way took, by round."""
     configs = {method: load_config(None, {**settings, "method": method}) for method in bare_loop.METHODS}
     ways = [f"{way}, {method}" for method in configs for way in ("bare", "moe-replay")]
@@ -136,7 +134,7 @@ def measure(rounds: int, settings: dict[str, Any], trl: "Trl", memory: Path) -> 
             name, _, method = way.partition(", ")
             run = _prepare(configs.get(method, configs["grpo"]), watched)
             if name == "TRL":
-                found = trl.train(run, saves=way == TRL_SAVING)
+                found = _trl(trl, run, saves=way == TRL_SAVING)
             else:
                 found = _flow(run) if name == "moe-replay" else _bare(run, memory)
             if turn:
@@ -193,6 +191,11 @@ def _bare(run: Run, memory: Path) -> Measured:
     return measured_of([one.ended for one in told], here, engines, tokens, [one.reward for one in told])
 
 
+def _trl(trl: Trl, run: Run, saves: bool) -> Measured:
+    told = trl.train(run, saves)
+    return measured_of(told["ended"], told["spans"], [], told["response_tokens"], told["rewards"])
+
+
 def _take_spans(run: Run) -> tuple[list[clocks.Span], list[clocks.Span]]:
     """What was watched in this process, and in the engines'."""
     engines = [span for engine in _engines(run) for span in engine.call("clocks:take", no_progress)]
@@ -215,53 +218,6 @@ def measured_of(
     seconds[REST] = ended[-1] - ended[0] - sum(seconds.values())
     between = [later - earlier for earlier, later in itertools.pairwise(ended)]
     return Measured(between, {part: taken / iterations for part, taken in seconds.items()}, tokens[1:], rewards[1:])
-
-
-class Trl:
-    """TRL in a process of its own, which is kept; `version` is None where it isn't installed."""
-
-    def __init__(self, python: str, log: Path) -> None:
-        self._python, self._log = python, log
-
-    def __enter__(self) -> "Trl":
-        """Start it, and wait until it has said which TRL it has."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        root = Path(__file__).parent.parent
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [self._python, Path(__file__).with_name("trl_grpo.py")],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                text=True,
-            )
-        self.version: str | None = self._hear()["trl"]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """It ends when its input does."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-    def train(self, run: Run, saves: bool) -> Measured:
-        """One run; a checkpoint, where it saves, goes to the disk that moe-replay writes to."""
-        assert self._process.stdin
-        folder = str(Path(run.root.removeprefix("file://")))
-        asked = {"run": run.model_dump(mode="json"), "saves": saves, "folder": folder}
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        told = self._hear()
-        return measured_of(told["ended"], told["spans"], [], told["response_tokens"], told["rewards"])
-
-    def _hear(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"TRL's process ended; its log is {self._log}")
-        return json.loads(line)
 
 
 def report(measured: dict[str, list[Measured]]) -> str:

@@ -9,7 +9,7 @@ term, no balancing loss, transformers' grouped kernel for experts. What differs:
 - responses come from `generate` of transformers, in float32, with TRL's own random numbers: its vLLM needs a GPU or a
   dense model (its colocated mode writes experts into tensors that vLLM's CPU kernel has packed);
 - the batch is shuffled before it is cut into κ parts; a group's standard deviation gets 1e-4 instead of 1e-6;
-- entropy and clip shares are computed in each step, as TRL always does; nothing is computed of routers, and none replayed;
+- entropy and clip shares are computed in each step, as TRL always does; of routers nothing is computed or replayed;
 - model and optimizer live in the process that samples, so no weights are handed over.
 
 With `saves` a checkpoint with optimizer state is written after each iteration, so that a run could be resumed there.
@@ -18,6 +18,7 @@ With `saves` a checkpoint with optimizer state is written after each iteration, 
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +33,51 @@ from moe_replay.errors import ConfigError
 from moe_replay.stages.run import Run
 
 GENERATE, OLD_LOG_PROBS, STEPS = "sampling", "old log-probs", "optimizer steps"
+
+
+class Trl:
+    """TRL in a process of its own, which is kept; `version` is None where it isn't installed."""
+
+    def __init__(self, python: str, log: Path) -> None:
+        self._python, self._log = python, log
+
+    def __enter__(self) -> "Trl":
+        """Start it, and wait until it has said which TRL it has."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        root = Path(__file__).parent.parent
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [self._python, Path(__file__).with_name("trl_grpo.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+            )
+        self.version: str | None = self._hear()["trl"]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """It ends when its input does."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+    def train(self, run: Run, saves: bool) -> dict[str, list]:
+        """What `train` tells of one run; a checkpoint, where it saves, goes to the disk that moe-replay writes to."""
+        assert self._process.stdin
+        asked = {"run": run.model_dump(mode="json"), "saves": saves, "folder": run.root.removeprefix("file://")}
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return self._hear()
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"TRL's process ended; its log is {self._log}")
+        return json.loads(line)
 
 
 def main() -> None:
