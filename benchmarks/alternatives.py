@@ -1,7 +1,7 @@
 """An iteration of moe-replay against TRL's `GRPOTrainer` and against a bare loop over the same engines, in turn.
 
     pip install trl                     # needed for its two rows alone; the others are measured without
-    python benchmarks/alternatives.py [--rounds 5] [--iterations 6] [--trl-python python] [--set key=value]...
+    OMP_NUM_THREADS=1 python benchmarks/alternatives.py [--rounds 5] [--iterations 6] [--trl-python PATH] [--set ...]
 
 moe-replay   `flows.train`: Prefect, MLflow, every stage's artifacts checksummed and committed on disk, with optimizer
              state, so that a run resumes at any stage
@@ -172,7 +172,10 @@ def _flow(run: Run) -> Measured:
     train(run.config, run.run_id)
     here, engines = _take_spans(run)
     store, iterations = run.store(), range(run.config.iterations)
-    ended = [max(s.finished.timestamp() for s in store.status(n) if s.finished) for n in iterations]
+    committed = [max(s.finished.timestamp() for s in store.status(n) if s.finished) for n in iterations]
+    # When the call that committed returned: what the engine did in it and the call itself fall into one iteration.
+    returned = [end for label, end, _ in here if label == _CALL]
+    ended = [min(end for end in returned if end >= moment) for moment in committed]
     told = [store.committed("rollout", n) for n in iterations]
     metrics = [artifact.commit.metrics for artifact in told if artifact]
     size = run.config.rollout.prompts * run.config.rollout.responses
