@@ -13,6 +13,7 @@ from moe_replay.stages.run import Run
 from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
 from tasks.failures import LOGGED_FAILURES
+from tasks.heartbeats import sending_heartbeats, taking_over_heartbeats
 from tasks.naming import own_run_id, training_name
 from tasks.preparation import prepared_run
 from tasks.reporting import report_results
@@ -53,7 +54,11 @@ def train(
         succeeded = False
         try:
             learned, results = start_of(run), {}
-            with recording_system_metrics(run, tracked), refreshing_dashboard(run, tracked) as refresh:
+            with (
+                recording_system_metrics(run, tracked),
+                refreshing_dashboard(run, tracked) as refresh,
+                taking_over_heartbeats(),
+            ):
                 for n in run.plan.iterations:
                     learned, results[n] = iterate(run, n, learned, tracked)
                     # Quoted, or the graph would join every iteration with every later report.
@@ -72,6 +77,7 @@ def start_of(run: Run) -> Learned:
 
 
 @flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)
+@sending_heartbeats()
 def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, dict[str, float]]:
     """Roll out, archive the routes, train under them, fit the predictor, evaluate; returns also the metrics."""
     stages, method = run.config.stages, run.config.method

@@ -17,12 +17,12 @@ from pydantic import SecretStr
 from moe_replay.errors import ConfigError
 from tasks import stability
 from tasks.events import EVENT_EVERY_SECONDS, STAGE
+from tasks.heartbeats import HEARTBEAT
 
 WEBHOOK_BLOCK = "moe-replay-alerts"
 _WATCHED_FLOWS = ["train", "compare", "evaluate", "archive-gc"]
 """An iteration that fails fails its training, and is told once."""
 _SHORTEST_STALL = timedelta(seconds=2 * EVENT_EVERY_SECONDS)
-_HEARTBEAT = "prefect.flow-run.heartbeat"
 _MISSED_HEARTBEATS = timedelta(seconds=90)
 """Three of those that deployments send every 30 s (`prefect.yaml`)."""
 _ENDS = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed", "TimedOut", "Cancelled")}
@@ -95,8 +95,8 @@ def _webhook_block(url: str | None) -> UUID | None:
 def _mark_dead() -> Automation:
     """Prefect itself leaves a flow run in Running whose process and worker were killed."""
     trigger = EventTrigger(
-        after={_HEARTBEAT},
-        expect={_HEARTBEAT, *_ENDS, *_RESTS},
+        after={HEARTBEAT},
+        expect={HEARTBEAT, *_ENDS, *_RESTS},
         match=_ANY_FLOW_RUN,
         # Others' flow runs on a shared server may send heartbeats more rarely.
         match_related=_of_flows(*_WATCHED_FLOWS, "iteration"),
