@@ -13,7 +13,7 @@ from moe_replay.stages.run import Run
 from tasks.dashboard import refreshing_dashboard
 from tasks.engines import running_engines
 from tasks.failures import LOGGED_FAILURES
-from tasks.heartbeats import beating, without_prefects
+from tasks.heartbeats import sending_heartbeats, taking_over_heartbeats
 from tasks.naming import own_run_id, training_name
 from tasks.preparation import prepared_run
 from tasks.reporting import report_results
@@ -54,10 +54,13 @@ def train(
         succeeded = False
         try:
             learned, results = start_of(run), {}
-            with recording_system_metrics(run, tracked), refreshing_dashboard(run, tracked) as refresh:
+            with (
+                recording_system_metrics(run, tracked),
+                refreshing_dashboard(run, tracked) as refresh,
+                taking_over_heartbeats(),
+            ):
                 for n in run.plan.iterations:
-                    with without_prefects():
-                        learned, results[n] = iterate(run, n, learned, tracked)
+                    learned, results[n] = iterate(run, n, learned, tracked)
                     # Quoted, or the graph would join every iteration with every later report.
                     report_results(run, quote(results), tracked)
                     refresh(n)
@@ -74,15 +77,9 @@ def start_of(run: Run) -> Learned:
 
 
 @flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)
+@sending_heartbeats()
 def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, dict[str, float]]:
     """Roll out, archive the routes, train under them, fit the predictor, evaluate; returns also the metrics."""
-    with beating():
-        learned = learn(run, n, before)
-        return learned, track_iteration(run, tracked, n)
-
-
-def learn(run: Run, n: int, before: Learned) -> Learned:
-    """The stages of an iteration, each a task."""
     stages, method = run.config.stages, run.config.method
     # The pass whose routes are replayed is the one that is predicted.
     at_rollout = before.predictor if method.route_source == "rollout" else None
@@ -97,4 +94,4 @@ def learn(run: Run, n: int, before: Learned) -> Learned:
         predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
     if run.plan.evaluates(n):
         configured(evaluate_policy, stages)(run, n, policy)
-    return Learned(policy, predictor, trainings)
+    return Learned(policy, predictor, trainings), track_iteration(run, tracked, n)

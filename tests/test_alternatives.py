@@ -1,0 +1,123 @@
+"""The comparison with alternatives (`benchmarks/alternatives.py`): its sums, and what it tells TRL to compute."""
+
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moe_replay.config import load_config
+from moe_replay.errors import ConfigError
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def alternatives(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import alternatives
+
+    return alternatives
+
+
+def test_time_inside_a_watched_function_is_counted_once(alternatives):
+    clocks = alternatives.clocks
+    inner = clocks.timed(lambda: time.sleep(0.05), "inner")
+    outer = clocks.timed(lambda: (inner(), time.sleep(0.02)), "outer")
+    clocks.take(None, None)
+    start = time.perf_counter()
+    outer()
+    whole = time.perf_counter() - start
+    spans = clocks.take(None, None)
+    assert [label for label, _, _ in spans] == ["inner", "outer"]
+    seconds = clocks.between(spans, 0.0, time.time())
+    assert seconds["inner"] >= 0.05
+    assert 0.02 <= seconds["outer"] < 0.05
+    assert sum(seconds.values()) == pytest.approx(whole, abs=0.01)
+    assert clocks.take(None, None) == []
+
+
+def test_methods_of_all_kinds_are_watched(alternatives, monkeypatch):
+    module = ModuleType("to_be_watched")
+
+    class Thing:
+        def method(self):
+            return self
+
+        @classmethod
+        def made(cls):
+            return cls()
+
+    module.Thing = Thing
+    module.function = lambda: 3
+    monkeypatch.setitem(sys.modules, "to_be_watched", module)
+    names = ["to_be_watched:Thing.method", "to_be_watched:Thing.made", "to_be_watched:function"]
+    alternatives.clocks.watch(None, None, {name: name for name in names})
+    thing = Thing.made()
+    assert thing.method() is thing
+    assert module.function() == 3
+    assert [label for label, _, _ in alternatives.clocks.take(None, None)] == [names[1], names[0], names[2]]
+
+
+def test_the_parts_of_an_iteration_add_up_and_the_first_is_left_out(alternatives):
+    here = [("call", 9.0, 5.0), ("call", 11.0, 0.5), ("call", 13.0, 0.75), (alternatives.MLFLOW, 13.5, 0.25)]
+    engines = [("sampling", 8.0, 4.0), ("sampling", 10.9, 0.25), ("optimizer steps", 12.9, 0.5)]
+    found = alternatives.measured_of([10.0, 12.0, 14.0], here, engines, [7, 8, 9], [0.1, 0.2, 0.3])
+    assert found.seconds == [2.0, 2.0]
+    assert (found.tokens, found.rewards) == ([8, 9], [0.2, 0.3])
+    assert found.parts == {
+        alternatives.STAGES: 0.25,
+        alternatives.MLFLOW: 0.125,
+        "sampling": 0.125,
+        "optimizer steps": 0.25,
+        alternatives.REST: 1.25,
+    }
+
+
+def test_the_table_tells_ratios_by_round(alternatives):
+    def run(seconds):
+        return alternatives.Measured([seconds] * 3, {"sampling": seconds / 2}, [1280] * 3, [0.5] * 3)
+
+    measured = {
+        "bare, grpo": [run(1.0), run(4.0)],
+        "moe-replay, grpo": [run(1.5), run(6.0)],
+        "TRL": [run(2.0), run(8.0)],
+    }
+    lines = alternatives.report(measured).splitlines()
+    ratios = {line.split("  ")[0]: line.split() for line in lines if " / " in line}
+    assert ratios["moe-replay, grpo / bare, grpo"][-3:] == ["1.500", "[1.500,", "1.500]"]
+    assert ratios["TRL / moe-replay, grpo"][-3] == "1.333"
+    assert "moe-replay, r3 / bare, r3" not in ratios
+    sampling = next(line for line in lines if line.startswith("sampling"))
+    assert sampling.split()[1:] == ["1250", "1875", "2500"]
+
+
+@pytest.mark.parametrize("mini_steps", [1, 4, 8])
+def test_trl_samples_one_batch_for_every_kappa_steps(alternatives, mini_steps):
+    from trl_grpo import settings_of
+
+    config = load_config(None, {"method": "grpo", "training.mini_steps": mini_steps, "iterations": 3})
+    settings = settings_of(config)
+    sequences = config.rollout.prompts * config.rollout.responses
+    assert settings["per_device_train_batch_size"] * settings["steps_per_generation"] == sequences
+    assert settings["steps_per_generation"] * settings["num_iterations"] == mini_steps
+    assert settings["max_steps"] == 3 * mini_steps
+    assert (settings["epsilon"], settings["epsilon_high"]) == (0.2, 0.28)
+    if find_spec("trl"):
+        from trl import GRPOConfig
+
+        assert GRPOConfig(**settings).generation_batch_size == sequences
+
+
+def test_trl_is_asked_for_no_method_that_it_lacks(alternatives):
+    from trl_grpo import settings_of
+
+    with pytest.raises(ConfigError, match="method=grpo"):
+        settings_of(load_config(None, {"method": "r3"}))
+
+
+def test_an_interpreter_without_trl_says_so(alternatives, tmp_path):
+    with alternatives.Trl(sys.executable, tmp_path / "logs" / "trl.log") as trl:
+        assert (trl.version is None) == (find_spec("trl") is None)
