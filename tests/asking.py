@@ -3,8 +3,10 @@
 import json
 import os
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from mlflow import MlflowClient
@@ -34,11 +36,21 @@ def tasks_of(api: str, flow_runs: list[str]) -> list[dict[str, Any]]:
 
 
 def ask(url: str, body: Any = None, method: str = "POST") -> Any:
-    """What a server answers in JSON to a body in JSON; None where it has nothing to say."""
+    """What a server answers in JSON to a body in JSON; None where it has nothing to say.
+
+    Asked again while it is unavailable, as Prefect's own client does: on SQLite Prefect's database is locked at times.
+    """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.loads(response.read() or b"null")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return json.loads(response.read() or b"null")
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
