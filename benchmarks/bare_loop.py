@@ -134,7 +134,7 @@ def save_weights(engine: Any, path: Path) -> None:
     """verl's own export for an inference engine, in one file."""
     from safetensors.torch import save_file
 
-    tensors, _ = engine._engine.get_per_tensor_param()
+    tensors, _ = engine._ranks.engine.get_per_tensor_param()
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors}, path)
 
 
