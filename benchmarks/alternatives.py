@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import bare_loop
 import clocks
+from iteration_cost import RAM, last_commits
 from trl_grpo import GENERATE, OLD_LOG_PROBS, STEPS, Trl
 
 from moe_replay.config import RunConfig, load_config, parse_override
@@ -40,7 +41,6 @@ from moe_replay.environment import make_home, set_defaults
 from moe_replay.servers import prefect_server
 from moe_replay.stages.run import Run
 
-RAM = "/dev/shm"
 TRL, TRL_SAVING = "TRL", "TRL, saving"
 WRITTEN, LOADED, STORAGE = "weights written by the trainer", "weights loaded by vLLM", "storage"
 STAGES, AROUND, MLFLOW, TABLE = "other work of the stages", "checks around stages", "MLflow", "results table"
@@ -171,12 +171,11 @@ def _flow(run: Run) -> Measured:
     _take_spans(run)
     train(run.config, run.run_id)
     here, engines = _take_spans(run)
-    store, iterations = run.store(), range(run.config.iterations)
-    committed = [max(s.finished.timestamp() for s in store.status(n) if s.finished) for n in iterations]
+    store = run.store()
     # When the call that committed returned: what the engine did in it and the call itself fall into one iteration.
     returned = [end for label, end, _ in here if label == _CALL]
-    ended = [min(end for end in returned if end >= moment) for moment in committed]
-    told = [store.committed("rollout", n) for n in iterations]
+    ended = [min(end for end in returned if end >= moment) for moment in last_commits(store)]
+    told = [store.committed("rollout", n) for n in store.iterations()]
     metrics = [artifact.commit.metrics for artifact in told if artifact]
     size = run.config.rollout.prompts * run.config.rollout.responses
     tokens = [round(one["response/length"] * size) for one in metrics]

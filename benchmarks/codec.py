@@ -13,7 +13,6 @@ left of them when chunks are encoded while others are uploaded: the larger of th
 
 import argparse
 import io
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moe_replay.analysis.measured import bound_bytes
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.expert_sets import decode_sets, encode_sets
 from moe_replay.archive.routes import RouteArchive
@@ -101,7 +101,7 @@ def measure(kind: str, chunks: Iterator[np.ndarray], num_experts: int) -> None:
                 codec.decode(codec.encode(ids_RK), ids_RK)
         for codec in competing:
             _measure_chunk(codec, ids_RK)
-    bound = math.log2(math.comb(num_experts, top_k)) / 8
+    bound = bound_bytes(num_experts, top_k)
     title = f"{kind}: {sum(rows)} rows of {top_k} of {num_experts} experts; log2 C(E, K) is {bound:.3f} bytes"
     table = Table(
         "codec", "bytes / row", "/ bound", "encode MB/s", "decode MB/s", "cost 100 MB/s", "1 GB/s", title=title

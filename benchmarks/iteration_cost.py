@@ -115,9 +115,13 @@ def _iterate(pool: EnginePool, run: Run, n: int, policy: Any) -> Any:
     return trained
 
 
+def last_commits(store: RunStore) -> list[float]:
+    """When the last stage of each iteration was committed, in seconds since 1970."""
+    return [max(s.finished.timestamp() for s in store.status(n) if s.finished) for n in store.iterations()]
+
+
 def _between_iterations(store: RunStore) -> list[float]:
-    ends = [max(s.finished.timestamp() for s in store.status(n) if s.finished) for n in store.iterations()]
-    return [later - earlier for earlier, later in itertools.pairwise(ends)]
+    return [later - earlier for earlier, later in itertools.pairwise(last_commits(store))]
 
 
 def _task_seconds(run_id: str, iterations: int) -> dict[str, list[float]]:

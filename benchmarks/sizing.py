@@ -10,7 +10,6 @@ torch takes.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from numcodecs import zstd
 from rich.console import Console
 from rich.table import Table
 
+from moe_replay.analysis.measured import bound_bytes
 from moe_replay.archive.expert_sets import decode_sets, encode_sets
 from moe_replay.routing.fitting import Objective, RouterDrift, Weighted, fit_layer
 from moe_replay.routing.trace import route_dtype
@@ -66,7 +66,7 @@ def measure_codecs(table: Table, num_experts: int, top_k: int, chunks: int) -> N
             if seed:  # the first compiles and fills caches
                 for rates, value in zip(took[name], (len(data), *np.diff(times)), strict=True):
                     rates.append(value)
-    bound = math.log2(math.comb(num_experts, top_k)) / 8
+    bound = bound_bytes(num_experts, top_k)
     raw = CHUNK_TOKENS * top_k * np.dtype(dtype).itemsize / 1e6
     for name, (sizes, encoding, decoding) in took.items():
         size = float(np.median(sizes)) / CHUNK_TOKENS

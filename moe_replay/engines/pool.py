@@ -8,8 +8,6 @@ from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess
 from moe_replay.errors import ConfigError, OutOfMemory
 
-_ONE_OF_EACH = ResourcesConfig()
-
 
 class EnginePool:
     """One rollout engine and one training engine, each in its own process.
@@ -24,7 +22,7 @@ class EnginePool:
         rollout: RolloutConfig,
         training: TrainingConfig,
         logs: Path,
-        resources: ResourcesConfig = _ONE_OF_EACH,
+        resources: ResourcesConfig = ResourcesConfig(),  # noqa: B008 (frozen)
     ):
         """`weights` names the weights of `model`, from which both engines start."""
         self._model = model

@@ -84,6 +84,11 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
+def in_one_line(error: Exception) -> str:
+    """What Ray tells of a process that died, for a message of ours."""
+    return " ".join(str(error).split())[:500]
+
+
 def _device(there: Mapping[str, float], processes: int, key: str, address: str | None) -> str:
     device = "GPU" if there.get("GPU") and os.environ.get("VERL_PLATFORM") != "cpu" else "CPU"
     if (number := int(there.get(device, 0))) < processes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_replay.config import TrainingConfig
 from moe_replay.engines.ranks import RouterShape
-from moe_replay.engines.ray_cluster import RayCluster
+from moe_replay.engines.ray_cluster import RayCluster, in_one_line
 from moe_replay.errors import ConfigError, EngineLost
 
 if TYPE_CHECKING:
@@ -146,5 +146,6 @@ class RayRanks:
         died = next((error for error in told if not isinstance(error, RayTaskError)), None)
         if died is None:
             return getattr(first, "cause", None) or first
-        reason = " ".join(str(died).split())[:500]
-        return EngineLost(f"a rank of training (of {self._world_size}) died: {reason}; a retry starts fresh ones")
+        return EngineLost(
+            f"a rank of training (of {self._world_size}) died: {in_one_line(died)}; a retry starts fresh ones"
+        )

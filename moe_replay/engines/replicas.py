@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from moe_replay.config import ResourcesConfig, RolloutConfig
 from moe_replay.engines import rollout
 from moe_replay.engines.process import Progress, no_progress
-from moe_replay.engines.ray_cluster import RayCluster
+from moe_replay.engines.ray_cluster import RayCluster, in_one_line
 from moe_replay.engines.rollout import Request, Response, RolloutEngine, shares_of
 from moe_replay.errors import EngineLost
 from moe_replay.routing.trace import refuse_dead_capture
@@ -133,9 +133,9 @@ class RolloutReplicas:
         self._replicas.remove(replica)
         if not self._replicas:
             raise EngineLost(
-                f"the last of {self._wanted} rollout replicas died: {_in_one_line(error)}; a retry starts fresh ones"
+                f"the last of {self._wanted} rollout replicas died: {in_one_line(error)}; a retry starts fresh ones"
             ) from error
-        _logger.warning("a rollout replica died, its share goes to another: %s", _in_one_line(error))
+        _logger.warning("a rollout replica died, its share goes to another: %s", in_one_line(error))
 
     def _of_all(self, method: str, *args: Any) -> list[Any]:
         """What every replica answers. Raises what one of them raised; EngineLost when one died."""
@@ -156,10 +156,6 @@ class RolloutReplicas:
         """Note what the replicas hold; nothing that can be relied on where they differ."""
         same = held[0] if len(set(held)) == 1 else Held(None, None, None, None)
         self.weights, self.predictor_sha256, self.merge_fidelity, self.gates_sha256 = same
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def make_rollout(

@@ -26,8 +26,6 @@ from moe_replay.methods import Method
 from moe_replay.routing.observation import RouterFeatures
 from moe_replay.routing.trace import RoutingTrace
 
-_IN_THIS_PROCESS = ResourcesConfig()
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -57,7 +55,11 @@ class TrainingEngine:
     """verl's FSDP2 engine around one model, on one rank or more, with the replay of `replay_engine`."""
 
     def __init__(
-        self, model: Path, weights: str, training: TrainingConfig, resources: ResourcesConfig = _IN_THIS_PROCESS
+        self,
+        model: Path,
+        weights: str,
+        training: TrainingConfig,
+        resources: ResourcesConfig = ResourcesConfig(),  # noqa: B008 (frozen)
     ):
         self._ranks = make_ranks(training, resources)
         self.micro_batch_tokens = training.micro_batch_tokens

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_replay import tiny
+from moe_replay.engines.rollout import Response
 from moe_replay.routing.routers import Routers
 
 _COMMON: dict[str, Any] = {
@@ -111,3 +112,16 @@ def _load(folder: Path) -> tuple[Any, Routers]:
 def same_sets(one_TLK: np.ndarray, other_TLK: np.ndarray) -> np.ndarray:
     """Whether two routes name the same experts, in any order. -> bool [T, L]."""
     return (np.sort(one_TLK, axis=-1) == np.sort(other_TLK, axis=-1)).all(-1)
+
+
+def assert_same(one: list[Response], other: list[Response]) -> None:
+    """To the last bit, order of experts included."""
+    for a, b in zip(one, other, strict=True):
+        assert (a.prompt_ids, a.response_ids, a.text, a.truncated) == (
+            b.prompt_ids,
+            b.response_ids,
+            b.text,
+            b.truncated,
+        )
+        assert a.log_probs == b.log_probs
+        np.testing.assert_array_equal(a.trace.ids_TLK, b.trace.ids_TLK)

@@ -13,12 +13,12 @@ from moe_replay.config import RolloutConfig
 from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
 
-LONGEST_PROMPT = 300
-CONFIG = RolloutConfig(dtype="float32", max_prompt_tokens=LONGEST_PROMPT, max_response_tokens=8)
-
 if TYPE_CHECKING:
     from moe_replay.engines.replicas import RolloutReplicas
     from moe_replay.engines.rollout import RolloutEngine
+
+LONGEST_PROMPT = 300
+CONFIG = RolloutConfig(dtype="float32", max_prompt_tokens=LONGEST_PROMPT, max_response_tokens=8)
 
 
 def describe(engine: "RolloutEngine", progress: Progress) -> tuple[int, int, tuple[int, ...], int]:

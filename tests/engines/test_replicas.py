@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from models import write_perturbed
+from models import assert_same, write_perturbed
 from rollout_calls import CONFIG, LONGEST_PROMPT
 
 from moe_replay.config import ResourcesConfig, load_config
@@ -42,13 +41,6 @@ def replicas(assets, tmp_path_factory) -> Iterator[EngineProcess]:
 
 def generate(engine: EngineProcess, requests: list[Request], function: str = "generate") -> list[Response]:
     return engine.call(f"rollout_calls:{function}", no_progress, requests, 1.0)
-
-
-def assert_same(one: list[Response], other: list[Response]) -> None:
-    """To the last bit."""
-    for a, b in zip(one, other, strict=True):
-        assert (a.prompt_ids, a.response_ids, a.log_probs) == (b.prompt_ids, b.response_ids, b.log_probs)
-        np.testing.assert_array_equal(a.trace.ids_TLK, b.trace.ids_TLK)
 
 
 def share_by_share(engine: EngineProcess, requests: list[Request]) -> list[Response]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import greedy, reference, same_sets, write_perturbed
+from models import assert_same, greedy, reference, same_sets, write_perturbed
 from predictors import (
     HIDDEN_SIZE,
     LAYERS,
@@ -104,19 +104,6 @@ def assert_as_transformers(responses: list[Response], folder: Path, temperature:
         assert same_sets(trace.ids_TLK, expected.ids_TLK)[:-1][clear_TL].all()
         compared, unclear = compared + clear_TL.size, unclear + (~clear_TL).sum()
     assert unclear < 0.001 * compared
-
-
-def assert_same(one: list[Response], other: list[Response]) -> None:
-    """To the last bit, order of experts included."""
-    for a, b in zip(one, other, strict=True):
-        assert (a.prompt_ids, a.response_ids, a.text, a.truncated) == (
-            b.prompt_ids,
-            b.response_ids,
-            b.text,
-            b.truncated,
-        )
-        assert a.log_probs == b.log_probs
-        np.testing.assert_array_equal(a.trace.ids_TLK, b.trace.ids_TLK)
 
 
 # Routes and log-probs
