@@ -34,7 +34,8 @@ import clocks
 from iteration_cost import RAM, last_commits
 from trl_grpo import GENERATE, OLD_LOG_PROBS, STEPS, Trl
 
-from moe_replay.config import RunConfig, load_config, parse_override
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import load_config, parse_override
 from moe_replay.engines.pool import EnginePool
 from moe_replay.engines.process import no_progress
 from moe_replay.environment import make_home, set_defaults

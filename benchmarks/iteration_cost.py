@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.archive.artifacts import Artifact, RunStore
-from moe_replay.config import RunConfig, load_config, parse_override
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import load_config, parse_override
 from moe_replay.engines.pool import EnginePool
 from moe_replay.engines.process import no_progress
 from moe_replay.environment import make_home, set_defaults

@@ -11,8 +11,9 @@ import argparse
 import numpy as np
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.config import RunConfig, run_root
+from moe_replay.config import RunConfig
 from moe_replay.environment import set_defaults
+from moe_replay.places import run_root
 from moe_replay.reports.results import iteration_metrics
 
 

@@ -3,14 +3,9 @@
 A config is sparse TOML over these defaults, and the defaults are the embedded model and task.
 """
 
-import difflib
 import hashlib
 import json
-import os
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
@@ -18,13 +13,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from moe_replay.alarm import AlarmConfig, actions_for
-from moe_replay.errors import ConfigError
 from moe_replay.methods import DEFAULT_PRESET, Method
 from moe_replay.settings import Config
 
@@ -35,9 +28,6 @@ EMBEDDED_TOP_4 = "embedded-top-4"
 
 Dtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-AConfig = TypeVar("AConfig", bound=Config)
 
 
 class ModelConfig(Config):
@@ -313,111 +303,3 @@ class RunConfig(Config):
         """Whether the policy is scored after this iteration (counted from 0)."""
         last = iteration == self.iterations - 1
         return bool(self.evaluation.benchmarks) and (last or (iteration + 1) % self.evaluation.every == 0)
-
-
-_NEAR = 0.8
-"""How alike an unknown key and a known one must be to be taken for it: `training` is no slip for `tracking`."""
-
-
-def home_folder() -> Path:
-    """MOE_REPLAY_HOME, by default `.moe-replay` in the working folder: runs, databases, caches, logs."""
-    return Path(os.environ.get("MOE_REPLAY_HOME") or ".moe-replay").expanduser().absolute()
-
-
-def as_argument(run_id: str, root: str | None) -> str:
-    """The run as a command has to name it; `root` is `storage.root`, none for the default."""
-    return f"{run_id} --root {root}" if root else run_id
-
-
-def run_root(config: RunConfig) -> str:
-    """The URL under which the run's folder lies. Raises ConfigError when MOE_REPLAY_ROOT can't be one."""
-    if root := config.storage.root or os.environ.get("MOE_REPLAY_ROOT"):
-        return parse_config({"storage": {"root": root}}).storage.root or root
-    return (home_folder() / "runs").as_uri()
-
-
-def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Read a TOML config and lay dotted overrides (`rollout.prompts`) over it.
-
-    Raises:
-        ConfigError: the file is missing or malformed, a key is unknown, a value is impossible.
-    """
-    document: dict[str, Any] = {}
-    if path is not None:
-        try:
-            document = tomllib.loads(path.read_text())
-        except OSError as error:
-            raise ConfigError(
-                f"the config {path} can't be read ({error.strerror}); give the path of a TOML file"
-            ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the config {path} is not valid TOML: {error}") from error
-    return parse_config(document_with(overrides or {}, document))
-
-
-def document_with(overrides: Mapping[str, Any], document: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`document` with dotted overrides (`rollout.prompts`) laid over it."""
-    laid_over = document if document is not None else {}
-    for key, value in overrides.items():
-        _override(laid_over, key, value)
-    return laid_over
-
-
-def parse_config(document: dict[str, Any]) -> RunConfig:
-    """Validate a config document. Raises ConfigError listing every key that is wrong and why."""
-    return parse_as(RunConfig, document)
-
-
-def parse_as(schema: type[AConfig], document: dict[str, Any]) -> AConfig:
-    """Validate a document as `schema`. Raises ConfigError listing every key that is wrong and why."""
-    try:
-        return schema.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem, schema) for problem in error.errors())) from None
-
-
-def overridden(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
-    """The config with dotted overrides laid over it; raises ConfigError as `load_config`."""
-    return parse_config(document_with(overrides, config.model_dump(mode="json")))
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split `key=value`; the value is read as TOML where it is TOML, else it is a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {text!r} is not key=value, for example --set rollout.prompts=64")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
-
-
-def _override(document: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    table: dict[str, Any] = document
-    for parent in parents:
-        inner: Any = table.setdefault(parent, DEFAULT_PRESET if parent == "method" else {})
-        if parent == "method" and isinstance(inner, str):
-            inner = table[parent] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {dotted}: {parent!r} holds the value {inner!r}, it has no key {last!r}")
-        table = inner
-    table[last] = value
-
-
-def _explain(problem: Any, schema: type[Config]) -> str:
-    """One line for one of pydantic's findings, with the nearest key where a key is unknown."""
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] != "extra_forbidden":
-        message = problem["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
-        return f"{where}: {message}{given}" if where else message
-    model: Any = schema
-    for part in problem["loc"][:-1]:
-        annotation = model.model_fields[part].annotation
-        # A section that may be left out is a union with None.
-        model = next((one for one in get_args(annotation) if hasattr(one, "model_fields")), annotation)
-    known = list(model.model_fields)
-    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=_NEAR)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-    return f"unknown config key {where!r}: {hint}"

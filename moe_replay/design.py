@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from moe_replay.archive.layout import check_run_id
-from moe_replay.config import RunConfig, parse_config
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import parse_config
 from moe_replay.errors import ConfigError
 from moe_replay.methods import Method
 

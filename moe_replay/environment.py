@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from moe_replay.config import home_folder
 from moe_replay.errors import ConfigError
+from moe_replay.places import home_folder
 
 
 def make_home() -> Path:

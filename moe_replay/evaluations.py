@@ -22,12 +22,12 @@ from moe_replay.config import (
     StagesConfig,
     StorageConfig,
     TrackingConfig,
-    parse_config,
-    run_root,
 )
+from moe_replay.config_reading import parse_config
 from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
 from moe_replay.holding import require_lease
+from moe_replay.places import run_root
 from moe_replay.plan import stored_config
 from moe_replay.preparation import check_inputs, package_versions, run_with_inputs
 from moe_replay.settings import Config

@@ -3,9 +3,10 @@
 from itertools import chain, islice
 
 from moe_replay.archive.artifacts import Artifact, ArtifactRef, RunStore
-from moe_replay.config import RunConfig, run_root
+from moe_replay.config import RunConfig
 from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
+from moe_replay.places import run_root
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.preparation import prepare
 from moe_replay.stages.decisions import is_skipped

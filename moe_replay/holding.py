@@ -9,7 +9,8 @@ from contextvars import ContextVar
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.lease import Lease, holding
-from moe_replay.config import RunConfig, run_root
+from moe_replay.config import RunConfig
+from moe_replay.places import run_root
 
 _leases: dict[str, Lease] = {}
 """By the run's URL. Tasks may run in other threads than their flow."""

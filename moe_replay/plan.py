@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import ABOUT_KEY, EVALUATES_KEY, FORK_KEY, IMPORTS_KEY, STAGES
-from moe_replay.config import RunConfig, parse_config
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import parse_config
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 
 CHANGES_KEY = "config_changes"

@@ -11,7 +11,7 @@ from typing import Any
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import FORK_KEY
-from moe_replay.config import EMBEDDED, RunConfig, home_folder, run_root
+from moe_replay.config import EMBEDDED, RunConfig
 from moe_replay.config_changes import changed_document, check_changeable, require_same_config
 from moe_replay.data.prompts import PromptTable
 from moe_replay.data.rewards import require_known_sources
@@ -19,6 +19,7 @@ from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
 from moe_replay.holding import require_lease
+from moe_replay.places import home_folder, run_root
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.routing.declared import read_model_config, require_experts
 from moe_replay.stages.run import DataFile, Run

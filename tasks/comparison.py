@@ -7,7 +7,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.config import RunConfig, home_folder, run_root
+from moe_replay.config import RunConfig
+from moe_replay.places import home_folder, run_root
 from tasks.progress import artifact_key
 from tasks.retry import is_transient
 from tasks.tracking.steps import file_report

@@ -6,7 +6,7 @@ from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
-from moe_replay.config import as_argument
+from moe_replay.places import as_argument
 from tasks.naming import run_id_of
 
 

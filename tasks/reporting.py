@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging.handlers import APILogHandler
 
 from moe_replay.archive.layout import STAGES
-from moe_replay.config import as_argument
+from moe_replay.places import as_argument
 from moe_replay.stages.run import Run
 from tasks.progress import artifact_key
 from tasks.tracking.server import run_page

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_replay.archive.artifacts import ArtifactRef
 from moe_replay.archive.evolution import EvolutionOrigin, EvolutionWriter
-from moe_replay.config import load_config
+from moe_replay.config_reading import load_config
 from moe_replay.stages.predictor import fit_predictor
 from moe_replay.stages.run import DataFile, Run
 

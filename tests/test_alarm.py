@@ -3,7 +3,8 @@ import pickle
 import pytest
 
 from moe_replay.alarm import AlarmConfig, Excess, actions_for
-from moe_replay.config import RunConfig, parse_config
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import parse_config
 from moe_replay.errors import ConfigError, StabilityAlarm
 from moe_replay.methods import Method
 from moe_replay.stages.run import STAGE_SECTIONS

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from moe_replay.config import load_config
+from moe_replay.config_reading import load_config
 from moe_replay.errors import ConfigError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

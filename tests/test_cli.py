@@ -17,7 +17,7 @@ import pytest
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.lease import holding
-from moe_replay.config import load_config
+from moe_replay.config_reading import load_config
 from moe_replay.data import addition
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines.process import no_progress

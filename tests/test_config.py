@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_replay.config import Config, RunConfig, load_config, parse_config, parse_override, run_root
+from moe_replay.config import Config, RunConfig
+from moe_replay.config_reading import load_config, parse_config, parse_override
 from moe_replay.errors import ConfigError
 from moe_replay.methods import PRESETS, Method
+from moe_replay.places import run_root
 from moe_replay.stages.run import STAGE_SECTIONS
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

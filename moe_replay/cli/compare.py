@@ -16,7 +16,8 @@ from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Quiet, Root, command_name, console_for_progress, out, root_of
-from moe_replay.config import RunConfig, load_config, parse_override
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import load_config, parse_override
 from moe_replay.errors import ConfigError, ReplayError
 from moe_replay.reports.comparison import Cell, GroupComparison, MethodComparison, compare_methods
 from moe_replay.reports.groups import group_runs

@@ -10,8 +10,9 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from moe_replay.config import parse_config, run_root
+from moe_replay.config_reading import parse_config
 from moe_replay.errors import ConfigError
+from moe_replay.places import run_root
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[

@@ -104,7 +104,7 @@ def _ask(
 
 
 def _methods(names: list[str]) -> list[Method]:
-    from moe_replay.config import parse_config
+    from moe_replay.config_reading import parse_config
 
     return [parse_config({"method": name}).method for name in dict.fromkeys(names)]
 

@@ -12,8 +12,8 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of, run_and_iteration
-from moe_replay.config import as_argument
 from moe_replay.drawing import check_figure
+from moe_replay.places import as_argument
 from moe_replay.stages.samples import read_answers
 
 _WORST_SHOWN = 5

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from moe_replay.cli.console import Json, Root, command_name, err, out, run_and_iteration
 from moe_replay.cli.running import holding_from_here
-from moe_replay.config import RunConfig, as_argument, document_with, parse_as, parse_override
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import document_with, parse_as, parse_override
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
 from moe_replay.interrupts import interrupts_kept
+from moe_replay.places import as_argument
 
 if TYPE_CHECKING:
     from flows.evaluate import Evaluated

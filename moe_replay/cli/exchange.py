@@ -12,11 +12,11 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
-from moe_replay.config import as_argument
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.exchange.exporting import EXPORT_FORMATS, ExportFormat, export_routes
 from moe_replay.exchange.foreign_routes import ModelShape
 from moe_replay.exchange.importing import ToldOrigin, import_routes
+from moe_replay.places import as_argument
 from moe_replay.routing.trace import route_dtype
 
 _MAX_DECODER_LAYERS = 65536

@@ -9,7 +9,8 @@ from cyclopts import Parameter
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Root, Settings, command_name, err, out, root_of
-from moe_replay.config import as_argument, overridden, parse_override
+from moe_replay.config_reading import overridden, parse_override
+from moe_replay.places import as_argument
 
 
 def fork(

@@ -11,8 +11,8 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.routes import RouteArchive
 from moe_replay.cli.archive import open_archive
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
-from moe_replay.config import as_argument
 from moe_replay.drawing import check_figure
+from moe_replay.places import as_argument
 
 
 def load(

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from moe_replay.analysis.sizing import EvolutionSizing, Sizing, Workload, size_iteration
 from moe_replay.cli.console import Json, command_name, out
-from moe_replay.config import RunConfig, load_config, parse_as
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import load_config, parse_as
 from moe_replay.errors import ConfigError
 from moe_replay.routing.declared import declared_routers
 

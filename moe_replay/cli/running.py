@@ -9,12 +9,13 @@ from rich.console import Console
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import command_name, console_for_progress, err, out
-from moe_replay.config import RunConfig, as_argument
+from moe_replay.config import RunConfig
 from moe_replay.display import RunDisplay
 from moe_replay.environment import make_home
 from moe_replay.errors import EngineLost
 from moe_replay.holding import holding_run
 from moe_replay.interrupts import interruptible
+from moe_replay.places import as_argument
 from moe_replay.stages.run import Run
 
 

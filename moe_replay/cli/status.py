@@ -15,8 +15,8 @@ from rich.text import Text
 from moe_replay.archive.artifacts import RunStore, StageStatus
 from moe_replay.archive.claims import Claim, find_holder
 from moe_replay.cli.console import Json, Root, command_name, err, out, root_of
-from moe_replay.config import as_argument
 from moe_replay.errors import ConfigError
+from moe_replay.places import as_argument
 from moe_replay.stages.overview import RunOverview
 
 _LOOK_AGAIN_SECONDS = 2.0

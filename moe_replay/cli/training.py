@@ -13,7 +13,8 @@ from moe_replay.alarm import Action
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Quiet, Root, Settings, root_of
 from moe_replay.cli.running import holding_from_here, train_here
-from moe_replay.config import RunConfig, load_config, overridden, parse_override
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import load_config, overridden, parse_override
 from moe_replay.errors import ConfigError, RunInUse
 
 AllowConfigChange = Annotated[

@@ -14,10 +14,10 @@ from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import CHECKPOINT_FOLDER
 from moe_replay.archive.log_probs import write_log_probs
 from moe_replay.archive.routes import RouteArchive
-from moe_replay.config import as_argument
 from moe_replay.engines.process import Progress
 from moe_replay.engines.training import Pass, TrainingEngine
 from moe_replay.errors import ReplayError, StabilityAlarm
+from moe_replay.places import as_argument
 from moe_replay.routing.metrics import policy_health
 from moe_replay.routing.predictor import EvolutionPredictor
 from moe_replay.routing.statistics import ROUTING_FILE

@@ -7,8 +7,9 @@ from prefect.runtime import flow_run
 
 from moe_replay.archive.layout import ABOUT_KEY
 from moe_replay.archive.superseding import generation_in, generation_of
-from moe_replay.config import RunConfig, as_argument
+from moe_replay.config import RunConfig
 from moe_replay.dotted import dotted
+from moe_replay.places import as_argument
 from moe_replay.preparation import package_versions
 from moe_replay.stages.run import Run
 from tasks.links import prefect_page

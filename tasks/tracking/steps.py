@@ -13,10 +13,11 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.alarm import ALARM_METRIC
-from moe_replay.config import RunConfig, home_folder
+from moe_replay.config import RunConfig
 from moe_replay.errors import TrackingUnavailable
 from moe_replay.evaluations import Evaluation
 from moe_replay.holding import require_lease
+from moe_replay.places import home_folder
 from moe_replay.reports.results import iteration_metrics
 from moe_replay.stages.decisions import actions_in
 from moe_replay.stages.run import Run

@@ -8,7 +8,8 @@ import pytest
 from models import assert_same, write_perturbed
 from rollout_calls import CONFIG, LONGEST_PROMPT
 
-from moe_replay.config import ResourcesConfig, load_config
+from moe_replay.config import ResourcesConfig
+from moe_replay.config_reading import load_config
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess, no_progress

@@ -12,7 +12,8 @@ import torch
 from memory_calls import leave_memory
 
 from moe_replay.archive.commits import ArtifactRef
-from moe_replay.config import RunConfig, parse_config
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import parse_config
 from moe_replay.engines.process import Progress
 from moe_replay.routing.trace import RoutingTrace
 from moe_replay.stages.run import Run

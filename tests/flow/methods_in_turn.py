@@ -11,7 +11,7 @@ from variants import VARIANTS
 
 from flows.compare import compare
 from flows.train import train
-from moe_replay.config import load_config
+from moe_replay.config_reading import load_config
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.methods import PRESETS, Method
 from tasks.engines import keeping_engines

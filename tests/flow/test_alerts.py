@@ -24,7 +24,7 @@ from tasks.alerts import install_alerts
 from tasks.failures import way_on
 
 TOKEN = "secret-path-of-the-webhook"
-FAIL = "import sys; from flows.train import train; from moe_replay.config import load_config; "
+FAIL = "import sys; from flows.train import train; from moe_replay.config_reading import load_config; "
 FAIL += "train(load_config(None, {'model.path': sys.argv[1], 'storage.root': sys.argv[1]}), 'dense')"
 RETRY = "retry it in the Prefect UI"
 LONGEST = 240

@@ -31,7 +31,7 @@ from settled_batches import EXCESS, ITERATION, deployed, execute, settled_alone,
 from flows.train import train
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.lease import holding
-from moe_replay.config import load_config
+from moe_replay.config_reading import load_config
 from moe_replay.errors import StabilityAlarm
 from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run

@@ -9,7 +9,7 @@ import sys
 from prefect import flow
 
 from moe_replay.archive.commits import ArtifactRef
-from moe_replay.config import load_config
+from moe_replay.config_reading import load_config
 from moe_replay.engines.process import Progress, no_progress
 from moe_replay.environment import set_defaults
 from moe_replay.preparation import prepare

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from moe_replay import tiny
-from moe_replay.config import RunConfig, load_config
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import load_config
 from moe_replay.data import addition
 
 

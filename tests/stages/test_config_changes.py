@@ -3,7 +3,8 @@
 import pytest
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.config import RunConfig, overridden
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import overridden
 from moe_replay.data import addition
 from moe_replay.engines.process import no_progress
 from moe_replay.errors import ConfigError

@@ -7,7 +7,7 @@ from predictor_samples import make_run
 
 from moe_replay.alarm import Action, Excess
 from moe_replay.archive.commits import ArtifactRef
-from moe_replay.config import parse_config
+from moe_replay.config_reading import parse_config
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 from moe_replay.stages.decisions import BatchAlarms, Decided, is_skipped, waiting_batch
 

@@ -6,7 +6,7 @@ import pytest
 from predictor_samples import make_run, train
 
 from moe_replay.archive.artifacts import RunStore
-from moe_replay.config import parse_as
+from moe_replay.config_reading import parse_as
 from moe_replay.engines.process import no_progress
 from moe_replay.errors import ConfigError
 from moe_replay.evaluations import EvaluationRequest, default_id, find_checkpoint, prepare_evaluation, settings_of

@@ -11,7 +11,8 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.cleaning import searches
 from moe_replay.archive.removal import Findings, remove
 from moe_replay.archive.retention import Retention, find_removable
-from moe_replay.config import RunConfig, overridden
+from moe_replay.config import RunConfig
+from moe_replay.config_reading import overridden
 from moe_replay.engines.process import no_progress
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.forking import fork_point, fork_run
