@@ -66,6 +66,8 @@ class RolloutConfig(Config):
     how sums are rounded: results depend on it, and on nothing else of how replicas share out the work."""
     memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Share of a GPU's memory that vLLM may take; the rest is the trainer's. Has no effect on a CPU."""
+    sleep: bool = False
+    """Give a GPU's memory back between stages (vLLM's sleep mode), for a trainer on the same GPUs."""
 
 
 class TrainingConfig(Config):
@@ -88,6 +90,14 @@ class TrainingConfig(Config):
     the stage is retried with half of them, down to the longest sequence."""
     recompute: bool = False
     """Recompute activations in backward instead of keeping them."""
+    packing: bool = False
+    """Put the sequences of a micro-batch end to end instead of padding them to the longest: no row is computed in vain.
+    Where attention is `sdpa` its mask takes micro_batch_tokens² bytes, so this is for `flash_attention_2`."""
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """Implementation of attention; `flash_attention_2` takes a GPU, bfloat16 and the package flash-attn."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer state in host memory while the trainer is not at work. Has no effect on a
+    CPU."""
     dtype: Dtype = "float32"
     """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
 
@@ -98,9 +108,29 @@ class ResourcesConfig(Config):
     training_world_size: PositiveInt = 1
     """Ranks that share out the training of each mini-batch, each with a GPU, or a CPU where there is none. One works in
     the run's own process; more run under Ray, in the cluster that RAY_ADDRESS names or in one of this machine."""
+    training_sequence_parallel_size: PositiveInt = 1
+    """Ranks that share out the tokens of one micro-batch, and the heads of its attention (DeepSpeed-Ulysses,
+    arXiv 2309.14509), so that longer sequences fit; must divide training_world_size and needs training.packing."""
     rollout_replicas: PositiveInt = 1
     """vLLM engines that take shares (rollout.share) of rollout and evaluation as they are free; more than one run under
     Ray, like ranks of training."""
+    rollout_tensor_parallel_size: PositiveInt = 1
+    """GPUs of one machine, or processes on a CPU, that one vLLM engine is spread over."""
+
+    @model_validator(mode="after")
+    def _sequences_are_shared_evenly(self) -> "ResourcesConfig":
+        ranks, sharing = self.training_world_size, self.training_sequence_parallel_size
+        if ranks % sharing:
+            raise ValueError(
+                f"training_sequence_parallel_size = {sharing} does not divide training_world_size = {ranks}; "
+                "change one of the two"
+            )
+        return self
+
+    @property
+    def training_shares(self) -> int:
+        """Parts that each mini-batch of training is cut into, each for one rank or for those that share sequences."""
+        return self.training_world_size // self.training_sequence_parallel_size
 
 
 class EvolutionConfig(Config):
@@ -240,12 +270,12 @@ class RunConfig(Config):
                 f"training.mini_steps = {self.training.mini_steps} does not divide the rollout batch of "
                 f"rollout.prompts * rollout.responses = {sequences} sequences; change one of the three"
             )
-        of_a_step, ranks = sequences // self.training.mini_steps, self.resources.training_world_size
-        if of_a_step % ranks:
+        of_a_step, shares = sequences // self.training.mini_steps, self.resources.training_shares
+        if of_a_step % shares:
             raise ValueError(
-                f"resources.training_world_size = {ranks} does not divide the {of_a_step} sequences of a mini-step "
-                f"(rollout.prompts * rollout.responses / training.mini_steps = {sequences} / "
-                f"{self.training.mini_steps}); change one of the four"
+                f"resources.training_world_size / training_sequence_parallel_size = {shares} does not divide the "
+                f"{of_a_step} sequences of a mini-step (rollout.prompts * rollout.responses / training.mini_steps = "
+                f"{sequences} / {self.training.mini_steps}); change one of them"
             )
         shares = -(-sequences // (self.rollout.share or sequences))
         if self.resources.rollout_replicas > shares:
@@ -254,11 +284,27 @@ class RunConfig(Config):
                 f"rollout batch of {sequences} sequences to work on; set rollout.share to "
                 f"{max(1, sequences // self.resources.rollout_replicas)} sequences or fewer, or lower the replicas"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> "RunConfig":
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
-        if self.training.micro_batch_tokens < longest:
+        sharing = self.resources.training_sequence_parallel_size
+        if self.training.micro_batch_tokens * sharing < longest:
             raise ValueError(
-                f"training.micro_batch_tokens = {self.training.micro_batch_tokens} holds no sequence of "
-                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; raise it"
+                f"training.micro_batch_tokens = {self.training.micro_batch_tokens} on "
+                f"resources.training_sequence_parallel_size = {sharing} rank(s) hold no sequence of "
+                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; raise one of the two"
+            )
+        if sharing > 1 and not self.training.packing:
+            raise ValueError(
+                f"resources.training_sequence_parallel_size = {sharing} cuts packed micro-batches into equal parts; "
+                "set training.packing = true"
+            )
+        if self.training.attention == "flash_attention_2" and self.training.dtype != "bfloat16":
+            raise ValueError(
+                "training.attention = 'flash_attention_2' computes in bfloat16, and training.dtype = "
+                f"{self.training.dtype!r}; change one of the two"
             )
         return self
 

@@ -29,24 +29,24 @@ class ReplayWorker(TrainingWorker):
 
     engine: Any
 
-    def __init__(self, model: Path, training: TrainingConfig):
+    def __init__(self, model: Path, training: TrainingConfig, sequence_parallel_size: int):
         if get_device_name() == "cpu":
             torch.distributed.init_process_group("gloo")
-        self._training = training
-        super().__init__(worker_config(model, training))
+        self._settings = training, sequence_parallel_size
+        super().__init__(worker_config(model, *self._settings))
 
     @register(dispatch_mode=_ON_ALL_RANKS, blocking=False)
     def build(self, model: Path) -> RouterShape:
         """See `Ranks.build`."""
         # What was built before goes first: two of them would double the peak of memory.
         self.engine.release()
-        self.engine.model_config = model_config(model, self._training)
+        self.engine.model_config = model_config(model, *self._settings)
         self.reset()
         return self.engine.router_shape
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def train_batch(self, data: TensorDict) -> TensorDict:
-        """One optimizer step of all ranks, each on its share of the batch."""
+        """One optimizer step of all ranks, each on its share of the batch; see `RayRanks` for who answers."""
         return self._postprocess_output(self.engine.step(data)).cpu()
 
     def _postprocess_output(self, output: dict[str, Any], **_: Any) -> TensorDict:

@@ -57,4 +57,4 @@ def make_ranks(training: TrainingConfig, resources: ResourcesConfig) -> Ranks:
         return SingleRank(training)
     from moe_replay.engines.ray_ranks import RayRanks
 
-    return RayRanks(training, resources.training_world_size)
+    return RayRanks(training, resources)

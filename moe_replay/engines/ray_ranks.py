@@ -1,15 +1,15 @@
 """Ranks of training under Ray: verl's `RayWorkerGroup` of our `ReplayWorker`, driven from the engine's process.
 
-A batch is split as verl splits it, in equal shares of sequences, after ordering it so that the shares weigh the same;
-routes, advantages and sampled rows are fields of the batch and go with their sequences. What comes back is put into
-the order of the batch again.
+A batch is cut into equal shares of sequences, after ordering it so that the shares weigh the same; routes, advantages
+and sampled rows are fields of the batch and go with their sequences. Ranks that share sequences get the same share, and
+the first of them tells what came of it. What comes back is put into the order of the batch again.
 """
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_replay.config import TrainingConfig
+from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.ray_cluster import RayCluster, in_one_line
 from moe_replay.errors import ConfigError, EngineLost
@@ -24,10 +24,10 @@ _GRACE_SECONDS = 10.0
 class RayRanks:
     """As many ranks as asked for, each with a GPU of the Ray cluster, or with a CPU where there is none."""
 
-    def __init__(self, training: TrainingConfig, world_size: int):
+    def __init__(self, training: TrainingConfig, resources: ResourcesConfig):
         self._training = training
-        self._world_size = world_size
-        self._cluster = RayCluster(world_size, "resources.training_world_size")
+        self._resources = resources
+        self._cluster = RayCluster(resources.training_world_size, "resources.training_world_size")
         self._group: Any = None
         self._stuck = False
         """Whether ranks are still at a call that failed on others: they may be waiting for those forever."""
@@ -73,39 +73,47 @@ class RayRanks:
 
         on_gpus = self._cluster.device == "GPU"
         return RayWorkerGroup(
-            resource_pool=RayResourcePool([self._world_size], use_gpu=on_gpus, max_colocate_count=1),
-            ray_cls_with_init=RayClassWithInitArgs(ray.remote(ReplayWorker), model, self._training),
+            resource_pool=RayResourcePool([self._resources.training_world_size], use_gpu=on_gpus, max_colocate_count=1),
+            ray_cls_with_init=RayClassWithInitArgs(
+                ray.remote(ReplayWorker), model, self._training, self._resources.training_sequence_parallel_size
+            ),
             bin_pack=False,  # ranks may lie on several machines
             device_name="cuda" if on_gpus else "cpu",
             worker_env={} if on_gpus else {"VERL_PLATFORM": "cpu"},
         )
 
     def _compute(self, method: str, batch: "TensorDict") -> dict[str, Any]:
+        import ray
         from verl.utils import tensordict_utils as tu
 
-        order = self._balanced(batch)
+        shares, sharing = self._resources.training_shares, self._resources.training_sequence_parallel_size
+        order = self._balanced(batch, shares)
         ordered = tu.index_select_tensor_dict(batch, order)
         tu.assign_non_tensor(ordered, compute_loss=False)
-        future = getattr(self._group, method)(ordered)
-        output: Any = tu.concat_tensordict(self._answers(future.futures))
+        parts = [ray.put(part) for part in tu.chunk_tensordict(ordered, shares)]
+        # Ranks are numbered share by share, as verl's mesh has them.
+        answers = self._answers(self._group.execute_all_async(method, [one for one in parts for _ in range(sharing)]))
+        output: Any = tu.concat_tensordict(answers[::sharing])
         metrics: Any = tu.pop(output, "metrics")
         places = sorted(range(len(order)), key=order.__getitem__)
         restored: Any = tu.index_select_tensor_dict(output, places)
         return {"model_output": dict(restored.items()), "loss": [metrics.pop("loss")], "metrics": metrics}
 
-    def _balanced(self, batch: "TensorDict") -> list[int]:
+    def _balanced(self, batch: "TensorDict", shares: int) -> list[int]:
         """An order of the sequences whose equal parts are shares of about the same work."""
         from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
-        if len(batch) % self._world_size:
+        if len(batch) % shares:
             raise ConfigError(
-                f"{len(batch)} sequences can't be shared out evenly among the ranks of training "
-                f"(resources.training_world_size = {self._world_size}); change one of the two"
+                f"{len(batch)} sequences can't be shared out evenly among {shares} parts of the ranks of training "
+                f"(resources.training_world_size = {self._resources.training_world_size}, "
+                f"training_sequence_parallel_size = {self._resources.training_sequence_parallel_size}); change one of "
+                "the three"
             )
         ids: Any = batch["input_ids"]
         work = calculate_workload(ids.offsets().diff()).tolist()
-        shares: Any = get_seqlen_balanced_partitions(work, self._world_size, equal_size=True)
-        return [place for share in shares for place in share]
+        balanced: Any = get_seqlen_balanced_partitions(work, shares, equal_size=True)
+        return [place for share in balanced for place in share]
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
         """What each rank answers to the same call."""
@@ -147,5 +155,6 @@ class RayRanks:
         if died is None:
             return getattr(first, "cause", None) or first
         return EngineLost(
-            f"a rank of training (of {self._world_size}) died: {in_one_line(died)}; a retry starts fresh ones"
+            f"a rank of training (of {self._resources.training_world_size}) died: {in_one_line(died)}; a retry starts "
+            "fresh ones"
         )

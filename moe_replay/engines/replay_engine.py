@@ -1,7 +1,7 @@
 """verl's FSDP2 engine, with routes recorded, replayed or predicted (model type `replayed_language_model`).
 
-Legend of shapes: B sequences of a micro-batch, S tokens of its longest, R = B * S rows that reach a router,
-T tokens of all sequences, P of them sampled, L MoE layers, K experts per token, E experts, H hidden size.
+Legend of shapes: B sequences of a micro-batch, R rows that reach the routers of this rank, T tokens of all sequences,
+P of them sampled, L MoE layers, K experts per token, E experts, H hidden size.
 
 What a pass is to do travels inside the batch, since verl's micro-batching reorders sequences; targets are built from
 the micro-batch itself, in the layout that the model is about to see. All but the last are nested by sequence:
@@ -35,6 +35,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from moe_replay.engines.checkpoint import SafetensorsCheckpointManager
 from moe_replay.engines.ranks import RouterShape
+from moe_replay.engines.row_layout import PackedRows, PaddedRows, RowLayout
 from moe_replay.engines.verl_settings import actor_config
 from moe_replay.routing.routers import Routers
 
@@ -48,10 +49,7 @@ _FSDPEngine: Any = FSDPEngineWithLMHead  # verl's registering decorator hides it
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cpu", "cuda", "npu"])
 class ReplayEngine(_FSDPEngine):
-    """Replays or predicts experts where the batch says so, else routes live; records the live choice always.
-
-    Needs `use_remove_padding=False`: rows are matched to tokens in the padded layout.
-    """
+    """Replays or predicts experts where the batch says so, else routes live; records the live choice always."""
 
     module: Any
     optimizer: Any
@@ -123,68 +121,64 @@ class ReplayEngine(_FSDPEngine):
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool) -> Any:
         """One micro-batch through the model under its own routes."""
-        input_ids: Any = micro_batch["input_ids"]
-        lengths_B = input_ids.offsets().diff()
-        real_R = (torch.arange(int(lengths_B.max()), device=lengths_B.device) < lengths_B[:, None]).reshape(-1)
-        self._steer(micro_batch, real_R)
-        self._observe(micro_batch, real_R)
+        rows = self._layout(micro_batch)
+        self._steer(micro_batch, rows)
+        self._observe(micro_batch, rows)
         loss, output = super().forward_step(micro_batch, loss_function, forward_only)
-        output["model_output"] |= self._seen(micro_batch, real_R.to(get_device_id()))
+        output["model_output"] |= self._seen(micro_batch, rows)
         return loss, output
 
-    def _steer(self, micro_batch: TensorDict, real_R: Tensor) -> None:
+    def _layout(self, micro_batch: TensorDict) -> RowLayout:
+        input_ids: Any = micro_batch["input_ids"]
+        if self.use_remove_padding:
+            return PackedRows(len(input_ids.values()), self.ulysses_parallel_group)
+        return PaddedRows(input_ids.offsets().diff())
+
+    def _steer(self, micro_batch: TensorDict, rows: RowLayout) -> None:
         predictor: Any = tu.get_non_tensor_data(micro_batch, "gate_predictor", None)
         if predictor is not None:
-            self.routers.predict(predictor, real_R.to(get_device_id()))
+            self.routers.predict(predictor, rows.real_R.to(get_device_id()))
         elif "routed_experts" in micro_batch.keys():  # noqa: SIM118 (a TensorDict is no dict)
-            self.routers.replay(*_row_routes(micro_batch["routed_experts"], real_R))
+            self.routers.replay(*_row_routes(micro_batch["routed_experts"], rows))
         else:
             self.routers.route_live()
 
-    def _observe(self, micro_batch: TensorDict, real_R: Tensor) -> None:
+    def _observe(self, micro_batch: TensorDict, rows: RowLayout) -> None:
         given = micro_batch.keys()
         self.routers.forget()
         if "reference_experts" in given:
-            self.routers.compare(*_row_routes(micro_batch["reference_experts"], real_R))
+            self.routers.compare(*_row_routes(micro_batch["reference_experts"], rows))
         elif "routed_experts" in given:
             self.routers.compare()
         if "sampled_rows" in given:
             sampled: Any = micro_batch["sampled_rows"]
-            self.routers.watch(real_R.nonzero()[:, 0][sampled.values()].to(get_device_id()))
+            self.routers.watch(rows.to_rows(sampled.values(), False).nonzero()[:, 0].to(get_device_id()))
 
-    def _seen(self, micro_batch: TensorDict, real_R: Tensor) -> dict[str, Tensor]:
-        """What the routers saw of the real tokens, nested by sequence."""
+    def _seen(self, micro_batch: TensorDict, rows: RowLayout) -> dict[str, Tensor]:
+        """What the routers saw of the tokens, nested by sequence."""
         given = micro_batch.keys()
         input_ids: Any = micro_batch["input_ids"]
-        seen = {"live_experts": _by_sequence(self.routers.live_RLK[real_R].to(torch.int32), input_ids)}
+        seen = {"live_experts": self.routers.live_RLK.to(torch.int32)}
         if "gate_predictor" in given:
-            seen["predicted_experts"] = _by_sequence(self.routers.routed_RLK[real_R].to(torch.int32), input_ids)
+            seen["predicted_experts"] = self.routers.routed_RLK.to(torch.int32)
         if "reference_experts" in given or "routed_experts" in given:
-            seen["coverage_gap"] = _by_sequence(self.routers.coverage_gap_RL[real_R], input_ids)
+            seen["coverage_gap"] = self.routers.coverage_gap_RL
+        by_sequence = {name: _nested(rows.to_tokens(values), input_ids.offsets()) for name, values in seen.items()}
         if "sampled_rows" in given:
             sampled: Any = micro_batch["sampled_rows"]
             features = self.routers.features
             counts = torch.tensor([0, *(int(flags.sum()) for flags in sampled.unbind())])
             for name, values in (("router_hidden", features.hidden_SLH), ("router_logits", features.logits_SLE)):
-                seen[name] = torch.nested.nested_tensor_from_jagged(values.cpu(), counts.cumsum(0))
-        return seen
+                watched = rows.watched_to_tokens(values, sampled.values())
+                by_sequence[name] = _nested(watched.cpu(), counts.cumsum(0))
+        return by_sequence
 
 
-def _by_sequence(values_T: Tensor, input_ids: Any) -> Tensor:
-    return torch.nested.nested_tensor_from_jagged(values_T, input_ids.offsets().to(values_T.device))
+def _nested(values: Tensor, offsets: Tensor) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(values, offsets.to(values.device))
 
 
-def _row_routes(nested: Any, real_R: Tensor) -> tuple[Tensor, Tensor]:
-    ids_RLK, present_R = padded_routes(nested.values(), real_R)
-    return ids_RLK.to(get_device_id()), present_R.to(get_device_id())
-
-
-def padded_routes(ids_TLK: Tensor, real_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Spread the routes of real tokens over the rows of the padded batch.
-
-    Returns int64 ids [R, L, K] and, per row, whether it has a route: padding and rows of `NO_ROUTE` have none.
-    """
-    ids_RLK = torch.full((real_R.numel(), *ids_TLK.shape[1:]), NO_ROUTE, dtype=torch.int64, device=ids_TLK.device)
-    ids_RLK[real_R] = ids_TLK.to(torch.int64)
-    present_R = (ids_RLK != NO_ROUTE).all(-1).all(-1)
-    return ids_RLK.clamp_min(0), present_R
+def _row_routes(nested: Any, rows: RowLayout) -> tuple[Tensor, Tensor]:
+    """int64 ids [R, L, K] and, per row, whether it has a route: padding and rows of `NO_ROUTE` have none."""
+    ids_RLK = rows.to_rows(nested.values().to(torch.int64), NO_ROUTE).to(get_device_id())
+    return ids_RLK.clamp_min(0), (ids_RLK != NO_ROUTE).all(-1).all(-1)

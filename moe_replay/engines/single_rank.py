@@ -33,7 +33,7 @@ class SingleRank:
         # The old engine goes first: two of them would double the peak of memory.
         self.engine = None
         gc.collect()
-        config = worker_config(model, self._training)
+        config = worker_config(model, self._training, 1)
         self.engine = EngineRegistry.new(
             model_type=config.model_type,
             backend=config.engine_config.strategy,

@@ -62,6 +62,7 @@ class TrainingEngine:
         resources: ResourcesConfig = ResourcesConfig(),  # noqa: B008 (frozen)
     ):
         self._ranks = make_ranks(training, resources)
+        self._packing = training.packing
         self.micro_batch_tokens = training.micro_batch_tokens
         """Most tokens of one forward pass of a rank."""
         self.weights: str | None = weights
@@ -161,6 +162,7 @@ class TrainingEngine:
         return as_batch(
             fields,
             len(sequences),
+            self._packing,
             max_token_len_per_gpu=self.micro_batch_tokens,
             temperature=temperature,
             **settings,

@@ -93,8 +93,8 @@ def token_fields(sequences: Sequence[TokenSequence], per_token: Mapping[str, Ten
     return fields
 
 
-def as_batch(fields: dict[str, Tensor], sequences: int, **settings: object) -> TensorDict:
-    """The batch of N sequences that verl cuts into micro-batches."""
+def as_batch(fields: dict[str, Tensor], sequences: int, packing: bool, **settings: object) -> TensorDict:
+    """The batch of N sequences that verl cuts into micro-batches, packed or padded."""
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode
 
@@ -102,7 +102,7 @@ def as_batch(fields: dict[str, Tensor], sequences: int, **settings: object) -> T
     tu.assign_non_tensor(
         batch,
         use_dynamic_bsz=True,
-        use_remove_padding=False,
+        use_remove_padding=packing,
         use_fused_kernels=False,
         pad_mode=DatasetPadMode.NO_PADDING,
         return_model_output=True,

@@ -13,7 +13,8 @@ from moe_replay.analysis import measured
 from moe_replay.analysis.sizing import Workload, size_iteration
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.evolution import EvolutionArchive, array_shapes
-from moe_replay.engines.replay_engine import padded_routes
+from moe_replay.engines.replay_engine import NO_ROUTE
+from moe_replay.engines.row_layout import PaddedRows
 from moe_replay.engines.training_batch import PassRoutes, TokenSequence
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.routing.declared import DeclaredRouters
@@ -80,7 +81,8 @@ def test_raw_is_what_the_ids_take():
 def test_a_sequence_takes_the_trainers_memory_that_was_told():
     trace, tokens = make_trace(40, missing=[39]), torch.arange(40)
     routes = PassRoutes([trace]).fields([TokenSequence(tokens[:10], tokens[10:])], 16, 4, (1, 2, 5))["routed_experts"]
-    targets, present = padded_routes(routes.values(), torch.ones(40, dtype=torch.bool))
+    targets = PaddedRows(torch.tensor([40])).to_rows(routes.values().to(torch.int64), NO_ROUTE)
+    present = (targets != NO_ROUTE).all(-1).all(-1)
     (told,) = size_iteration(routers_of(16, 4), Workload(sequences=4), (40,)).routes
     assert told.trainer_bytes_per_sequence == routes.values().nbytes
     assert told.device_bytes_per_sequence == targets.nbytes + present.nbytes

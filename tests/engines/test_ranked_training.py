@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from models import same_sets
+from passes import BATCH, LENGTHS, ROUTES, SAMPLED, TRAINING, assert_close, assert_same_pass, gradients
 from safetensors.numpy import load_file
 from trainer import LAYERS, E, Trainer, foreign_routes, largest_difference
 from training_calls import Asked, Seen, make_config, random_batch
@@ -18,14 +19,6 @@ from training_calls import Asked, Seen, make_config, random_batch
 from moe_replay.config import RunConfig
 from moe_replay.engines.process import EngineProcess
 from moe_replay.errors import ConfigError, EngineLost, RoutingMismatch
-
-BATCH = random_batch(sequences=10)
-LENGTHS = [len(prompt) + len(response) for prompt, response in zip(BATCH.prompts, BATCH.responses, strict=True)]
-ROUTES = foreign_routes(LENGTHS)
-SAMPLED = [np.arange(length)[number % 2 :: 2] for number, length in enumerate(LENGTHS)]
-# Of 24 tokens, the longest sequence: each rank packs micro-batches of its own.
-TRAINING = {"micro_batch_tokens": 24, "learning_rate": 1e-3, "warmup_steps": 4}
-BETA = 0.9
 
 
 def config_of(ranks: int, method: str = "r3") -> RunConfig:
@@ -66,29 +59,9 @@ def pair(trainer: Trainer, two_ranks: EngineProcess, model: Path) -> Pair:
     return Pair(trainer, Trainer(two_ranks), model)
 
 
-def assert_same_pass(one: Seen, two: Seen) -> None:
-    assert largest_difference(one.log_probs, two.log_probs) < 1e-5
-    assert all(same_sets(a, b).all() for a, b in zip(one.live, two.live, strict=True))
-    for a, b in zip(one.coverage_gap, two.coverage_gap, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
-
-
-def gradients(trainer: Trainer, folder: Path) -> dict[str, np.ndarray]:
-    """Of the first step since the model was loaded, clipped, from Adam's first moment."""
-    trainer.save(folder)
-    moments = load_file(folder / "optimizer" / "optimizer.safetensors")
-    return {key: value / (1 - BETA) for key, value in moments.items() if key.endswith("/exp_avg")}
-
-
 def weights(trainer: Trainer, folder: Path) -> dict[str, np.ndarray]:
     trainer.save(folder)
     return load_file(folder / "huggingface" / "model.safetensors")
-
-
-def assert_close(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("routes", [None, ROUTES], ids=["live", "replayed"])
@@ -163,7 +136,7 @@ def test_what_ranks_write_is_what_one_rank_writes(pair, tmp_path):
 
 def test_sequences_that_do_not_share_out_are_refused(pair):
     pair.start()
-    with pytest.raises(ConfigError, match=r"9 sequences can't be shared out.*training_world_size = 2"):
+    with pytest.raises(ConfigError, match=r"9 sequences can't be shared out.*2 parts.*training_world_size = 2"):
         pair.two.score(random_batch(sequences=9), None)
 
 
