@@ -66,8 +66,6 @@ class RolloutConfig(Config):
     how sums are rounded: results depend on it, and on nothing else of how replicas share out the work."""
     memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Share of a GPU's memory that vLLM may take; the rest is the trainer's. Has no effect on a CPU."""
-    sleep: bool = False
-    """Give a GPU's memory back between stages (vLLM's sleep mode), for a trainer on the same GPUs."""
 
 
 class TrainingConfig(Config):
@@ -95,9 +93,6 @@ class TrainingConfig(Config):
     Where attention is `sdpa` its mask takes micro_batch_tokens² bytes, so this is for `flash_attention_2`."""
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
     """Implementation of attention; `flash_attention_2` takes a GPU, bfloat16 and the package flash-attn."""
-    offload: bool = False
-    """Keep weights, gradients and optimizer state in host memory while the trainer is not at work. Has no effect on a
-    CPU."""
     dtype: Dtype = "float32"
     """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
 
@@ -116,6 +111,9 @@ class ResourcesConfig(Config):
     Ray, like ranks of training."""
     rollout_tensor_parallel_size: PositiveInt = 1
     """GPUs of one machine, or processes on a CPU, that one vLLM engine is spread over."""
+    colocated: bool = False
+    """Rollout and training take turns on the same GPUs of one machine: vLLM sleeps while the trainer works, and the
+    trainer's weights and optimizer wait in host memory while vLLM does. Has no effect on a CPU."""
 
     @model_validator(mode="after")
     def _sequences_are_shared_evenly(self) -> "ResourcesConfig":
@@ -179,6 +177,8 @@ class EvaluationConfig(Config):
     """Name to Parquet file in verl's schema, or `embedded`."""
     samples: PositiveInt = 4
     """n of avg@n and pass@n."""
+    samples_of: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Name of a benchmark to an n of its own."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
     every: PositiveInt = 1
@@ -191,6 +191,15 @@ class EvaluationConfig(Config):
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"benchmark name {name!r} becomes part of a metric key: letters, digits, - and _")
         return benchmarks
+
+    @model_validator(mode="after")
+    def _samples_are_of_benchmarks(self) -> "EvaluationConfig":
+        if unknown := sorted(self.samples_of.keys() - self.benchmarks.keys()):
+            raise ValueError(
+                f"samples_of names {', '.join(unknown)}, which is no benchmark; known are "
+                f"{', '.join(self.benchmarks) or 'none'}"
+            )
+        return self
 
 
 class StorageConfig(Config):

@@ -24,7 +24,7 @@ def check_changeable(keys: Sequence[str]) -> None:
     """Raise ConfigError unless a run may go on with these dotted keys changed."""
     known = {*CHANGEABLE, *(f"evaluation.{name}" for name in EvaluationConfig.model_fields)}
     for key in keys:
-        if key not in known and not key.startswith("evaluation.benchmarks."):
+        if key not in known and not key.startswith(("evaluation.benchmarks.", "evaluation.samples_of.")):
             raise ConfigError(
                 f"{key!r} can't be allowed to change: only iterations, evaluation and the keys of that section can, on "
                 "which nothing that is trained depends; with any other the run's artifacts would no longer be a "

@@ -153,8 +153,57 @@ def test_ranks_must_divide_the_mini_batch(prompts, responses, ranks):
 
 
 def test_a_micro_batch_must_hold_the_longest_sequence():
-    with pytest.raises(ConfigError, match="holds no sequence"):
+    with pytest.raises(ConfigError, match="hold no sequence"):
         parse_config({"training": {"micro_batch_tokens": 39}})
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 60))
+def test_ranks_that_share_sequences_divide_the_ranks_and_hold_the_longest(ranks, sharing, tokens):
+    document = {
+        "rollout": {"prompts": 8},
+        "training": {"mini_steps": 1, "micro_batch_tokens": tokens, "packing": True},
+        "resources": {"training_world_size": ranks, "training_sequence_parallel_size": sharing},
+    }
+    if ranks % sharing:
+        with pytest.raises(ConfigError, match=f"= {sharing} does not divide training_world_size = {ranks}"):
+            parse_config(document)
+    elif 64 % (ranks // sharing):
+        with pytest.raises(ConfigError, match=f"= {ranks // sharing} does not divide the 64 sequences of a mini-step"):
+            parse_config(document)
+    elif tokens * sharing < 40:
+        with pytest.raises(
+            ConfigError, match=f"= {tokens} on .* = {sharing} rank.* hold no sequence of .* = 40 tokens"
+        ):
+            parse_config(document)
+    else:
+        assert parse_config(document).resources.training_shares == ranks // sharing
+
+
+def test_padded_sequences_are_not_shared_among_ranks():
+    with pytest.raises(ConfigError, match=r"training_sequence_parallel_size = 2 .*; set training\.packing = true"):
+        parse_config({"resources": {"training_world_size": 2, "training_sequence_parallel_size": 2}})
+
+
+def test_flash_attention_computes_in_bfloat16():
+    with pytest.raises(ConfigError, match=r"computes in bfloat16, and training\.dtype = 'float32'"):
+        parse_config({"training": {"attention": "flash_attention_2"}})
+
+
+def test_an_n_of_its_own_is_of_a_benchmark():
+    with pytest.raises(ConfigError, match=r"samples_of names aime24, which is no benchmark; known are addition"):
+        parse_config({"evaluation": {"samples_of": {"aime24": 32}}})
+
+
+def test_the_large_model_is_trained_alike_on_8_and_on_32_gpus():
+    names = ("qwen3-30b-a3b", "qwen3-30b-a3b-32-gpus")
+    one, four = (load_config(next(path for path in CONFIGS if path.stem == name)) for name in names)
+    on_hardware = {"resources": True, "rollout": {"share"}}
+    assert one.model_dump(exclude=on_hardware) == four.model_dump(exclude=on_hardware)
+    for_rollout = [run.resources.rollout_replicas * run.resources.rollout_tensor_parallel_size for run in (one, four)]
+    assert one.resources.colocated
+    assert for_rollout[0] == one.resources.training_world_size == 8
+    assert not four.resources.colocated
+    assert for_rollout[1] + four.resources.training_world_size == 32
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])

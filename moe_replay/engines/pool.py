@@ -35,9 +35,14 @@ class EnginePool:
         atexit.register(self.close)
 
     def start(self) -> None:
-        """Begin to build both engines without waiting: each spends its first seconds importing."""
+        """Begin to build both engines without waiting: each spends its first seconds importing.
+
+        Where the rollout engine gives its memory back between stages, the trainer is built when it is first needed,
+        in the room of that.
+        """
         self.rollout()
-        self.training()
+        if not self._resources.colocated:
+            self.training()
 
     def rollout(self) -> EngineProcess:
         """The process of the vLLM engine (`moe_replay.engines.rollout.RolloutEngine`), or of what drives several."""

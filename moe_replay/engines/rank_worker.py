@@ -17,7 +17,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import TrainingWorker
 
-from moe_replay.config import TrainingConfig
+from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.verl_settings import model_config, worker_config
 
@@ -29,10 +29,10 @@ class ReplayWorker(TrainingWorker):
 
     engine: Any
 
-    def __init__(self, model: Path, training: TrainingConfig, sequence_parallel_size: int):
+    def __init__(self, model: Path, training: TrainingConfig, resources: ResourcesConfig):
         if get_device_name() == "cpu":
             torch.distributed.init_process_group("gloo")
-        self._settings = training, sequence_parallel_size
+        self._settings = training, resources
         super().__init__(worker_config(model, *self._settings))
 
     @register(dispatch_mode=_ON_ALL_RANKS, blocking=False)

@@ -54,7 +54,7 @@ def make_ranks(training: TrainingConfig, resources: ResourcesConfig) -> Ranks:
     if resources.training_world_size == 1:
         from moe_replay.engines.single_rank import SingleRank
 
-        return SingleRank(training)
+        return SingleRank(training, resources)
     from moe_replay.engines.ray_ranks import RayRanks
 
     return RayRanks(training, resources)

@@ -25,10 +25,11 @@ _CONNECT_SECONDS = 10.0
 class RayCluster:
     """A connection of this process; one at a time, as Ray has it."""
 
-    def __init__(self, processes: int, key: str):
+    def __init__(self, processes: int, key: str, colocated: bool):
         """For so many processes that compute, as the config's `key` asks for.
 
-        Raises ConfigError when there is no cluster at RAY_ADDRESS, or one without a GPU, or CPU, for each of them.
+        Raises ConfigError when there is no cluster at RAY_ADDRESS, or one without a GPU, or CPU, for each of them, and
+        when processes of rollout and training are to be `colocated` in it.
         """
         import ray
 
@@ -36,6 +37,12 @@ class RayCluster:
         quiet: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": True}
         address = os.environ.get("RAY_ADDRESS")
         if address:
+            if colocated:
+                raise ConfigError(
+                    f"resources.colocated has rollout and training take turns on GPUs, and the Ray cluster at "
+                    f"RAY_ADDRESS = {address} gives each of them GPUs of its own; set it to false, or unset "
+                    "RAY_ADDRESS to train on this machine alone"
+                )
             _require_answer(address)
             try:
                 ray.init(address=address, **quiet)

@@ -27,7 +27,7 @@ class RayRanks:
     def __init__(self, training: TrainingConfig, resources: ResourcesConfig):
         self._training = training
         self._resources = resources
-        self._cluster = RayCluster(resources.training_world_size, "resources.training_world_size")
+        self._cluster = RayCluster(resources.training_world_size, "resources.training_world_size", resources.colocated)
         self._group: Any = None
         self._stuck = False
         """Whether ranks are still at a call that failed on others: they may be waiting for those forever."""
@@ -74,9 +74,7 @@ class RayRanks:
         on_gpus = self._cluster.device == "GPU"
         return RayWorkerGroup(
             resource_pool=RayResourcePool([self._resources.training_world_size], use_gpu=on_gpus, max_colocate_count=1),
-            ray_cls_with_init=RayClassWithInitArgs(
-                ray.remote(ReplayWorker), model, self._training, self._resources.training_sequence_parallel_size
-            ),
+            ray_cls_with_init=RayClassWithInitArgs(ray.remote(ReplayWorker), model, self._training, self._resources),
             bin_pack=False,  # ranks may lie on several machines
             device_name="cuda" if on_gpus else "cpu",
             worker_env={} if on_gpus else {"VERL_PLATFORM": "cpu"},

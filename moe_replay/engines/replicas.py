@@ -1,4 +1,4 @@
-"""vLLM engines that share out the prompts of a rollout, each a Ray actor with a device of its own.
+"""vLLM engines that share out the prompts of a rollout, each a Ray actor with a device, or several, of its own.
 
 Shares are cut by the config, not by the number of replicas, and each is sampled by itself: whichever replica takes one
 gives the same responses. A share that was at work when its replica died goes to another.
@@ -56,12 +56,13 @@ class Replica(RolloutEngine):
 class RolloutReplicas:
     """Several engines behind what stages ask of one (`RolloutEngine`)."""
 
-    def __init__(self, model: Path, weights: str, config: RolloutConfig, replicas: int):
+    def __init__(self, model: Path, weights: str, config: RolloutConfig, resources: ResourcesConfig):
         """Raises ConfigError when Ray can't be reached or has no room for them, else as a single engine."""
         self.config = config
-        self._build = (model, weights, config)
-        self._wanted = replicas
-        self._cluster = RayCluster(replicas, "resources.rollout_replicas")
+        self._wanted, self._devices = resources.rollout_replicas, resources.rollout_tensor_parallel_size
+        self._build = (model, weights, config, resources)
+        key = "resources.rollout_replicas" + (" * rollout_tensor_parallel_size" if self._devices > 1 else "")
+        self._cluster = RayCluster(self._wanted * self._devices, key, resources.colocated)
         self._replicas: list[Any] = []
         self._complete()
         self.num_experts, self.top_k, self.layers, self.version, _ = self._of_all("about")[0]
@@ -71,6 +72,10 @@ class RolloutReplicas:
     def pids(self) -> list[int]:
         """Process ids of the replicas, on their machines."""
         return [pid for *_, pid in self._of_all("about")]
+
+    def rest(self) -> None:
+        """As `RolloutEngine.rest`, in all replicas."""
+        self._of_all("rest")
 
     def load(self, folder: Path, weights: str, predictor: tuple[Path, str] | None = None) -> None:
         """As `RolloutEngine.load`, in all replicas; those that died are replaced first.
@@ -125,7 +130,9 @@ class RolloutReplicas:
         threads = {} if on_gpu else {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
         variables = {name: os.environ.get(name, value) for name, value in (rollout.ENVIRONMENT | threads).items()}
         actor = ray.remote(Replica).options(
-            num_cpus=1, num_gpus=1 if on_gpu else 0, runtime_env={"env_vars": variables}
+            num_cpus=1 if on_gpu else self._devices,
+            num_gpus=self._devices if on_gpu else 0,
+            runtime_env={"env_vars": variables},
         )
         self._replicas += [actor.remote(*self._build) for _ in range(self._wanted - len(self._replicas))]
 
@@ -145,9 +152,8 @@ class RolloutReplicas:
         try:
             return ray.get([getattr(replica, method).remote(*args) for replica in self._replicas])
         except RayActorError as error:
-            reason = " ".join(str(error).split())[:500]
             raise EngineLost(
-                f"a rollout replica (of {self._wanted}) died: {reason}; a retry starts fresh ones"
+                f"a rollout replica (of {self._wanted}) died: {in_one_line(error)}; a retry starts fresh ones"
             ) from error
         except RayTaskError as error:
             raise error.cause from error
@@ -163,5 +169,5 @@ def make_rollout(
 ) -> RolloutEngine | RolloutReplicas:
     """One engine in this process, or as many replicas as the config asks for. Raises as they do."""
     if resources.rollout_replicas == 1:
-        return RolloutEngine(model, weights, config)
-    return RolloutReplicas(model, weights, config, resources.rollout_replicas)
+        return RolloutEngine(model, weights, config, resources)
+    return RolloutReplicas(model, weights, config, resources)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_replay.config import RolloutConfig
+from moe_replay.config import ResourcesConfig, RolloutConfig
 from moe_replay.engines.gates import digest_gates
 from moe_replay.engines.process import Progress
 from moe_replay.errors import RoutingMismatch
@@ -61,11 +61,18 @@ class RolloutEngine:
     Raises ConfigError when `rollout.gate_dtype` asks for routers that the engine can't hold.
     """
 
-    def __init__(self, model: Path, weights: str, config: RolloutConfig):
+    def __init__(
+        self,
+        model: Path,
+        weights: str,
+        config: RolloutConfig,
+        resources: ResourcesConfig = ResourcesConfig(),  # noqa: B008 (frozen)
+    ):
         from vllm import LLM
         from vllm.platforms import current_platform
 
         self.config = config
+        self._sleeps = resources.colocated and not current_platform.is_cpu()
         self.weights: str | None = weights
         """Which weights are loaded, as the caller named them; none when a load has failed."""
         self.predictor_sha256: str | None = None
@@ -78,7 +85,9 @@ class RolloutEngine:
             dtype=config.dtype,
             load_format=FLOAT32_GATES if config.gate_dtype == "float32" else "auto",
             max_model_len=config.max_prompt_tokens + config.max_response_tokens,
+            tensor_parallel_size=resources.rollout_tensor_parallel_size,
             gpu_memory_utilization=config.memory_fraction,
+            enable_sleep_mode=self._sleeps,
             enforce_eager=current_platform.is_cpu(),
             enable_return_routed_experts=True,
             # Log-probs at the sampling temperature, as the trainer takes them.
@@ -94,6 +103,22 @@ class RolloutEngine:
         # From the files: vLLM's CPU kernels pack the weights they hold beyond recognition.
         self.gates_sha256 = digest_gates(model, self.layers)
         """Which router weights are loaded, before any predictor is added; none when they can't be told."""
+        self._asleep = False
+        self.rest()
+
+    def rest(self) -> None:
+        """Give the device's memory back until the next call, where training takes turns on it (`resources.colocated`).
+
+        vLLM's sleep mode at level 1: weights wait in host memory, the cache is dropped.
+        """
+        if self._sleeps:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
 
     @property
     def version(self) -> str:
@@ -116,6 +141,7 @@ class RolloutEngine:
         path, sha256 = predictor or (None, None)
         if (weights, sha256) == (self.weights, self.predictor_sha256):
             return
+        self._wake()
         fidelity = self._ask("moe_replay_fidelity", str(folder), str(path)) if path else None
         routers_only = weights == self.weights
         self.weights = self.predictor_sha256 = self.merge_fidelity = self.gates_sha256 = None
@@ -143,6 +169,7 @@ class RolloutEngine:
     ) -> list[Response]:
         from vllm import SamplingParams
 
+        self._wake()
         # A cached block holds keys, values and routes of the weights it was computed under, and a batch that finds
         # blocks in the cache is computed in another shape than one that doesn't: start each batch without.
         self._llm.reset_prefix_cache()

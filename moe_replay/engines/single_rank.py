@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch._C._distributed_c10d import HashStore
 
-from moe_replay.config import TrainingConfig
+from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.verl_settings import worker_config
 
@@ -17,13 +17,13 @@ from moe_replay.engines.verl_settings import worker_config
 class SingleRank:
     """verl's FSDP2 engine in this process (a `moe_replay.engines.ranks.Ranks`)."""
 
-    def __init__(self, training: TrainingConfig):
+    def __init__(self, training: TrainingConfig, resources: ResourcesConfig):
         if not torch.cuda.is_available():
             os.environ.setdefault("VERL_PLATFORM", "cpu")
         import verl  # noqa: F401 (chooses the platform and loads our plugin, before any engine is imported)
 
         _join_process_group()
-        self._training = training
+        self._settings = training, resources
         self.engine: Any = None
 
     def build(self, model: Path) -> RouterShape:
@@ -33,7 +33,7 @@ class SingleRank:
         # The old engine goes first: two of them would double the peak of memory.
         self.engine = None
         gc.collect()
-        config = worker_config(model, self._training, 1)
+        config = worker_config(model, *self._settings)
         self.engine = EngineRegistry.new(
             model_type=config.model_type,
             backend=config.engine_config.strategy,

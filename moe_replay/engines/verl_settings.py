@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from moe_replay.config import TrainingConfig
+from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.errors import ConfigError
 from moe_replay.methods import Method
 
 _FOREVER = 1 << 30
 
 
-def worker_config(model: Path, training: TrainingConfig, sequence_parallel_size: int) -> Any:
+def worker_config(model: Path, training: TrainingConfig, resources: ResourcesConfig) -> Any:
     """verl's `TrainingWorkerConfig` of the replaying engine around the Hugging Face model in the folder `model`.
 
-    So many ranks share each sequence. Raises ConfigError when the attention asked for is not installed.
+    Raises ConfigError when the attention asked for is not installed.
     """
     from verl.trainer.config import CheckpointConfig
     from verl.utils.device import get_device_name
@@ -21,10 +21,10 @@ def worker_config(model: Path, training: TrainingConfig, sequence_parallel_size:
 
     from moe_replay.engines.replay_engine import MODEL_TYPE
 
-    offload = training.offload and get_device_name() != "cpu"
+    offload = resources.colocated and get_device_name() != "cpu"
     return TrainingWorkerConfig(
         model_type=MODEL_TYPE,
-        model_config=model_config(model, training, sequence_parallel_size),
+        model_config=model_config(model, training, resources),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
             model_dtype="fp32",
@@ -33,7 +33,7 @@ def worker_config(model: Path, training: TrainingConfig, sequence_parallel_size:
                 "reduce_dtype": "fp32",
                 "buffer_dtype": "fp32",
             },
-            ulysses_sequence_parallel_size=sequence_parallel_size,
+            ulysses_sequence_parallel_size=resources.training_sequence_parallel_size,
             use_torch_compile=False,
             param_offload=offload,
             optimizer_offload=offload,
@@ -50,19 +50,19 @@ def worker_config(model: Path, training: TrainingConfig, sequence_parallel_size:
     )
 
 
-def model_config(model: Path, training: TrainingConfig, sequence_parallel_size: int) -> Any:
-    """verl's `HFModelConfig` of the model in the folder `model`; arguments and errors as of `worker_config`."""
+def model_config(model: Path, training: TrainingConfig, resources: ResourcesConfig) -> Any:
+    """verl's `HFModelConfig` of the model in the folder `model`; raises as `worker_config`."""
     from verl.workers.config import HFModelConfig
 
     return HFModelConfig(
         path=str(model),
-        override_config={"attn_implementation": _attention(training, sequence_parallel_size)},
+        override_config={"attn_implementation": _attention(training, resources)},
         use_remove_padding=training.packing,
         enable_gradient_checkpointing=training.recompute,
     )
 
 
-def _attention(training: TrainingConfig, sequence_parallel_size: int) -> str:
+def _attention(training: TrainingConfig, resources: ResourcesConfig) -> str:
     """What transformers calls the implementation."""
     if training.attention == "flash_attention_2":
         from transformers.utils.import_utils import is_flash_attn_2_available
@@ -72,7 +72,7 @@ def _attention(training: TrainingConfig, sequence_parallel_size: int) -> str:
                 "training.attention = 'flash_attention_2' takes a GPU and the package flash-attn, and this rank has "
                 "not both; install it on the machines that train, or set training.attention = 'sdpa'"
             )
-    elif sequence_parallel_size > 1:
+    elif resources.training_sequence_parallel_size > 1:
         from moe_replay.engines import ulysses_attention
 
         return ulysses_attention.NAME

@@ -18,7 +18,9 @@ Value = Callable[[Mapping[str, float]], float | None]
 """A number from an iteration's metrics; None where they lack it."""
 
 _COMPARED = ("seed", "training.mini_steps", "method.")
-_NO_PART_OF_RESULTS = ("iterations", "storage.", "stages.", "tracking.", "alarm.", "model.path", "data.train")
+_NO_PART_OF_RESULTS = (
+    *("iterations", "storage.", "resources.", "stages.", "tracking.", "alarm.", "model.path", "data.train"),
+)
 """Paths among them: what lies there is compared by checksum. Of the alarm decisions count, and notes tell of those."""
 _BENCHMARK_FILES = "evaluation.benchmarks."
 _OF_PREDICTORS = ("predictor.", "evolution.")
@@ -188,7 +190,7 @@ def _require_same_sources(one: RunResults, other: RunResults) -> None:
 
 def _require_same_settings(one: RunResults, other: RunResults) -> None:
     free = (*_COMPARED, *_NO_PART_OF_RESULTS, *_VARIANTS, _BENCHMARK_FILES)
-    a, b = dotted(one.config), dotted(other.config)
+    a, b = _settings(one.config), _settings(other.config)
     # A setting that one lacks is younger than that run, which was made under its default.
     keys = [key for key in a if key in b and a[key] != b[key] and not key.startswith(free)]
     if keys:
@@ -197,6 +199,14 @@ def _require_same_settings(one: RunResults, other: RunResults) -> None:
             f"runs {one.run_id} and {other.run_id} can't be compared: {told} differ; runs of one κ may differ in "
             "method, seed and the settings of predictors alone"
         )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted, with the n of avg@n of each benchmark, whether it has its own or not."""
+    evaluation = config.get("evaluation", {})
+    own = evaluation.get("samples_of", {})
+    samples = {name: own.get(name, evaluation.get("samples")) for name in evaluation.get("benchmarks", {})}
+    return dotted(config) | dotted({"evaluation": {"samples_of": samples}})
 
 
 def _numbers(run: RunResults, value: Value) -> dict[int, float]:

@@ -27,7 +27,7 @@ SOLVED = 1.0
 def evaluate_policy(
     engine: "RolloutEngine", progress: Progress, run: Run, iteration: int, policy: ArtifactRef
 ) -> ArtifactRef:
-    """Score `evaluation.samples` answers to every problem of every benchmark; commit scores and their summary.
+    """Score as many answers as asked for to every problem of every benchmark; commit scores and their summary.
 
     The sampling seeds do not depend on the iteration, so that two policies meet the same luck.
     """
@@ -38,6 +38,7 @@ def evaluate_policy(
         scored = _score_benchmark(engine, progress, run, name, file.open())
         rows += scored
         metrics |= summarize(name, [(row["problem"], row["score"]) for row in scored])
+    engine.rest()
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer, compression="zstd")
     writer.write_bytes("scores.parquet", buffer.getvalue())
@@ -60,7 +61,8 @@ def _score_benchmark(
     engine: "RolloutEngine", progress: Progress, run: Run, name: str, table: PromptTable
 ) -> list[dict]:
     settings = run.config.evaluation
-    asked = [(prompt, sample) for prompt in table.rows() for sample in range(settings.samples)]
+    samples = settings.samples_of.get(name, settings.samples)
+    asked = [(prompt, sample) for prompt in table.rows() for sample in range(samples)]
     requests = [Request(prompt.messages, run.seed("evaluation", name, prompt.row, sample)) for prompt, sample in asked]
     responses = engine.generate(requests, settings.temperature, progress)
     return [

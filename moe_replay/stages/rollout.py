@@ -46,6 +46,7 @@ def generate_rollouts(
     ]
     load_policy(engine, run, policy, (predictor, iteration) if predictor else None)
     responses = engine.generate(requests, settings.temperature, progress)
+    engine.rest()
     samples = [
         make_sample(number, group, prompts[group], response)
         for number, (group, response) in enumerate(zip(groups, responses, strict=True))

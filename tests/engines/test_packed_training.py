@@ -68,9 +68,7 @@ def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     process.stop()
 
 
-@pytest.mark.parametrize(
-    "training", [{"packing": True}, {"packing": True, "recompute": True}, {"offload": True}], ids=str
-)
+@pytest.mark.parametrize("training", [{"packing": True}, {"packing": True, "recompute": True}], ids=str)
 def test_one_rank_sees_and_does_the_same(trainer, padded, model, training, tmp_path):
     assert_same_seens(padded, seen_by(trainer, model, config_of(training), tmp_path))
 

@@ -13,6 +13,7 @@ from moe_replay.config_reading import load_config
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess, no_progress
+from moe_replay.engines.ray_cluster import RayCluster
 from moe_replay.engines.rollout import Request, Response, shares_of
 from moe_replay.errors import ConfigError
 
@@ -74,6 +75,12 @@ def test_the_share_of_a_replica_that_dies_goes_to_another_and_the_next_load_repl
     load((replicas,), assets.model, "once more")
     assert len(replicas.call("rollout_calls:replicas", no_progress)) == 2
     assert_same(generate(replicas, requests), expected)
+
+
+def test_a_cluster_that_is_given_has_rollout_and_training_on_gpus_of_their_own(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"resources\.colocated .* gives each of them GPUs of its own; set it"):
+        RayCluster(2, "resources.rollout_replicas", colocated=True)
 
 
 def test_a_prompt_that_is_refused_is_named_by_its_place_in_the_batch(replicas, requests):

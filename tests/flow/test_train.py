@@ -1,5 +1,6 @@
 """The whole chain on the embedded model: real vLLM, verl, Prefect server and MLflow database."""
 
+import io
 import json
 import math
 import os
@@ -10,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from asking import mlflow, tasks_of
 from command import EXACT, SMALL, run_json, start
@@ -47,6 +50,16 @@ def test_each_method_trains_two_iterations(method: str, compared: Compared) -> N
     store = compared.store(method)
     found = [store.commit_of(stage, n) for stage in ALL_STAGES for n in (0, 1)]
     assert [problem for ref in found if ref for problem in store.verify(ref)] == []
+
+
+def test_a_benchmark_is_answered_as_often_as_asked_for(compared: Compared) -> None:
+    for name, samples in (("pr2", 1), ("at-once", 3)):
+        scores = compared.store(name).committed("evaluation", 0)
+        assert scores is not None
+        rows = pq.read_table(io.BytesIO(scores.read_bytes("scores.parquet"))).to_pylist()
+        answered = Counter(row["problem"] for row in rows)
+        assert len(answered) > 1
+        assert set(answered.values()) == {samples}
 
 
 def test_methods_differ_where_they_should_and_nowhere_else(compared: Compared) -> None:

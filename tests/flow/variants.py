@@ -3,6 +3,6 @@
 # One prompt left out would be no evidence, however little of it is asked.
 _USED_AT_ONCE = {"predictor.judged_on": "held_out", "predictor.held_out": 0.5, "predictor.evidence": 0.0}
 VARIANTS = {
-    "at-once": {"method": "pr2", **_USED_AT_ONCE},
+    "at-once": {"method": "pr2", "evaluation.samples_of": {"addition": 3}, **_USED_AT_ONCE},
     "in-the-old-pass": {"method": "pr2", "method.route_source": "old_log_prob", **_USED_AT_ONCE},
 }

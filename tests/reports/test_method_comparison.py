@@ -204,3 +204,15 @@ def test_time_is_unknown_until_every_stage_has_one():
     assert training_seconds(times) == 3.5
     assert training_seconds(times | {"time/predictor": 0.25, "time/evaluation": 9.0}) == 3.75
     assert training_seconds({"time/rollout": 1.0}) is None
+
+
+def test_runs_on_other_hardware_are_compared_and_runs_scored_by_other_counts_of_samples_are_not(runs):
+    root = in_memory()
+    on_two_ranks = make_run(root, "r3-ranks", "r3", 0, config={"resources": {"training_world_size": 2}})
+    assert len(rows_of(compare_methods(group_runs([*runs, read_results(on_two_ranks)]))))
+    scored = [
+        read_results(make_run(root, f"r3-{n}", "r3", 0, config={"evaluation": CONFIG["evaluation"] | samples}))
+        for n, samples in enumerate(({"samples": 4, "samples_of": {}}, {"samples": 4, "samples_of": {"addition": 32}}))
+    ]
+    with pytest.raises(ConfigError, match=r"evaluation\.samples_of\.addition \(4 and 32\) differ"):
+        group_runs(scored)
