@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from moe_replay.alarm import AlarmConfig, actions_for
+from moe_replay.lora import LoraConfig
 from moe_replay.methods import DEFAULT_PRESET, Method
 from moe_replay.settings import Config
 
@@ -90,6 +91,7 @@ class TrainingConfig(Config):
     """Recompute activations in backward instead of keeping them."""
     dtype: Dtype = "float32"
     """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
+    lora: LoraConfig = LoraConfig()
 
 
 class ResourcesConfig(Config):

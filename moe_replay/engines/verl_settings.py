@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.config import TrainingConfig
+from moe_replay.engines.adapters import adapter_settings
 from moe_replay.methods import Method
 
 _FOREVER = 1 << 30
@@ -44,7 +45,7 @@ def worker_config(model: Path, training: TrainingConfig) -> Any:
 
 
 def model_config(model: Path, training: TrainingConfig) -> Any:
-    """verl's `HFModelConfig` of the model in the folder `model`."""
+    """verl's `HFModelConfig` of the model in the folder `model`; raises ConfigError as `adapter_settings`."""
     from verl.workers.config import HFModelConfig
 
     return HFModelConfig(
@@ -52,6 +53,7 @@ def model_config(model: Path, training: TrainingConfig) -> Any:
         override_config={"attn_implementation": "sdpa"},
         use_remove_padding=False,
         enable_gradient_checkpointing=training.recompute,
+        **adapter_settings(model, training.lora),
     )
 
 
