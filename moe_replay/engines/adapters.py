@@ -18,11 +18,12 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from moe_replay.errors import ConfigError
 from moe_replay.lora import EXPERTS, LINEAR, LoraConfig
 from moe_replay.routing.discovery import find_routers, router_modules
+from moe_replay.routing.model_shape import empty_model
 
 ADAPTERS_FOLDER = "adapters"
 """Folder of a checkpoint with what was trained beside the model's weights."""
@@ -51,7 +52,7 @@ def adapter_settings(folder: Path, lora: LoraConfig) -> dict[str, Any]:
     """
     if not lora.rank:
         return {}
-    modules, parameters = _by_way(_chosen(_empty(AutoConfig.from_pretrained(folder)), lora))
+    modules, parameters = adapted_paths(empty_model(folder), lora)
     return {
         "lora_rank": lora.rank,
         "lora_alpha": lora.alpha,
@@ -59,6 +60,25 @@ def adapter_settings(folder: Path, lora: LoraConfig) -> dict[str, Any]:
         "target_parameters": parameters,
         "lora": {"train_routers": lora.train_routers},  # which verl's FSDP engine hands on unread
     }
+
+
+def adapted_paths(model: Any, lora: LoraConfig) -> tuple[list[str], list[str]]:
+    """The weights of a transformers model that get an adapter, as peft's `target_modules` and `target_parameters`.
+
+    Named by `all-linear`, or by names that it knows, peft 0.21 adapts the routers of most families too, whatever it is
+    told to exclude; so each weight is named by its whole path, and by the way that leads to it.
+
+    Raises as `adapter_settings`.
+    """
+    modules, parameters = [], []
+    for path, weight in _chosen(model, lora).items():
+        if not weight.is_module:
+            parameters.append(path)
+        elif path.split(".")[-1] in _TAKEN_FOR_EXPERTS:
+            parameters.append(f"{path}.weight")
+        else:
+            modules.append(path)
+    return modules, parameters
 
 
 @contextmanager
@@ -84,8 +104,8 @@ def merged_weights(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
     """
     from peft import PeftModel
 
-    empty = _empty(model.get_base_model().config)
     with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.get_base_model().config)
         whole: Any = PeftModel(empty, deepcopy(model.peft_config[_ADAPTER]))
     whole.load_state_dict(weights, assign=True)
     return whole.merge_and_unload(safe_merge=True).state_dict()  # safe_merge adds to copies
@@ -127,23 +147,6 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def _by_way(chosen: dict[str, _Weight]) -> tuple[list[str], list[str]]:
-    """The paths of chosen weights as peft's `target_modules` and `target_parameters`.
-
-    Named by `all-linear`, or by names that it knows, peft 0.21 adapts the routers of most families too, whatever it is
-    told to exclude; so each weight is named by its whole path, and by the way that leads to it.
-    """
-    modules, parameters = [], []
-    for path, weight in chosen.items():
-        if not weight.is_module:
-            parameters.append(path)
-        elif path.split(".")[-1] in _TAKEN_FOR_EXPERTS:
-            parameters.append(f"{path}.weight")
-        else:
-            modules.append(path)
-    return modules, parameters
-
-
 def _chosen(model: Any, lora: LoraConfig) -> dict[str, _Weight]:
     """The weights that get an adapter, by the path of their module, or their own where they are several experts'."""
     known = dict(_adaptable(model))
@@ -182,12 +185,6 @@ def _adaptable(model: Any) -> Iterator[tuple[str, _Weight]]:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3:
                     yield f"{path}.{name}", _Weight(EXPERTS, False, min(parameter.shape[1:]))
-
-
-def _empty(config: Any) -> Any:
-    """The model of a config, without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _trained(model: nn.Module) -> list[str]:
