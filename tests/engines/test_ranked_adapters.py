@@ -14,9 +14,8 @@ from moe_replay.engines.process import EngineProcess
 pytestmark = pytest.mark.slow
 
 BATCH = random_batch(sequences=10)
-ROUTES = foreign_routes(
-    [len(prompt) + len(response) for prompt, response in zip(BATCH.prompts, BATCH.responses, strict=True)]
-)
+LENGTHS = [len(prompt) + len(response) for prompt, response in zip(BATCH.prompts, BATCH.responses, strict=True)]
+ROUTES = foreign_routes(LENGTHS)
 
 
 def config_of(ranks: int, train_routers: bool) -> RunConfig:
