@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from moe_replay.alarm import AlarmConfig, actions_for
+from moe_replay.lora import LoraConfig
 from moe_replay.methods import DEFAULT_PRESET, Method
 from moe_replay.settings import Config
 
@@ -95,6 +96,7 @@ class TrainingConfig(Config):
     """Implementation of attention; `flash_attention_2` takes a GPU, bfloat16 and the package flash-attn."""
     dtype: Dtype = "float32"
     """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
+    lora: LoraConfig = LoraConfig()
 
 
 class ResourcesConfig(Config):

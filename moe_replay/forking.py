@@ -37,6 +37,7 @@ def fork_run(source: RunStore, root: str, iteration: int, config: RunConfig, run
 def fork_point(source: RunStore, root: str, iteration: int, config: RunConfig) -> ForkPoint:
     """What a run under `config` would go on from; raises as `fork_run`."""
     plan = RunPlan.stored(source)
+    _require_same_adapters(source, plan, config)
     _require_trained(source, plan, iteration)
     policy = source.committed("training", iteration - 1)
     assert policy is not None
@@ -61,6 +62,18 @@ def fork_point(source: RunStore, root: str, iteration: int, config: RunConfig) -
         trainings=_trainings(source, plan, iteration, config),
         lineage=(source.run_id, *(plan.forked_from.lineage if plan.forked_from else ())),
     )
+
+
+def _require_same_adapters(source: RunStore, plan: RunPlan, config: RunConfig) -> None:
+    """Refuse adapters that would not be those of the source's checkpoints, or not mean the same in the new run."""
+    theirs, ours = (one.training.lora.model_dump(mode="json") for one in (plan.config, config))
+    changed = [f"training.lora.{key} ({theirs[key]!r} -> {ours[key]!r})" for key in theirs if theirs[key] != ours[key]]
+    if changed:
+        raise ConfigError(
+            f"a fork trains on what its source trained, adapters or all weights, and this one changes "
+            f"{', '.join(changed)} of run {source.run_id}: leave training.lora as it is, or start a new run from the "
+            "weights, which each checkpoint holds merged (--set model.path=.../checkpoint/huggingface)"
+        )
 
 
 def _require_trained(source: RunStore, plan: RunPlan, iteration: int) -> None:

@@ -103,6 +103,8 @@ def run_with_inputs(config: RunConfig, run_id: str, progress: Progress, forked_f
             f"the model in {run.model} has sha256 {run.model_sha256}, run {forked_from.run_id} started from "
             f"{forked_from.model_sha256}; its checkpoints are of that model: fork with the same, or start a new run"
         )
+    if config.training.lora.rank:
+        _require_adaptable(run)
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
         _require_prompts_fit(run, progress)
     return run
@@ -159,6 +161,13 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
 
 def _data_file(path: Path) -> DataFile:
     return DataFile(path=path.absolute(), sha256=PromptTable.open(path).digest)
+
+
+def _require_adaptable(run: Run) -> None:
+    """Refuse adapters of weights that the model does not have now: met in training they would end the run."""
+    from moe_replay.engines.adapters import adapter_settings
+
+    adapter_settings(run.model, run.config.training.lora)
 
 
 def _require_prompts_fit(run: Run, progress: Progress) -> None:

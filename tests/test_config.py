@@ -315,6 +315,7 @@ def test_what_a_stage_makes_does_not_depend_on_where_how_long_or_how_it_is_track
         ({"seed": 1}, {"rollout", "training", "evaluation"}),
         ({"method": "r2"}, {"training"}),
         ({"training.learning_rate": 1e-5}, {"training"}),
+        ({"training.lora.rank": 8}, {"training"}),
         ({"evolution.tokens": 16}, {"training"}),
         ({"predictor.ridge": 1.0}, {"predictor"}),
         ({"evaluation.samples": 2}, {"evaluation"}),
@@ -333,10 +334,22 @@ def test_a_setting_changes_the_digest_of_the_stages_that_use_it(change, stages):
 
 def test_a_key_at_its_default_leaves_the_digest_as_it_was_before_the_key_was_known():
     assert load_config(None, {"predictor.memory": 0.9}).digest("predictor") == RunConfig().digest("predictor")
+    assert load_config(None, {"training.lora.rank": 0}).digest("training") == RunConfig().digest("training")
+
+
+def test_adapters_are_of_no_router():
+    with pytest.raises(ConfigError, match=r"mlp\.gate would be routers.*set training\.lora\.train_routers = true"):
+        load_config(None, {"training.lora.rank": 8, "training.lora.targets": ["q_proj", "mlp.gate"]})
+
+
+@pytest.mark.parametrize("key", [{"alpha": 8}, {"targets": ["q_proj"]}, {"train_routers": True}], ids=str)
+def test_settings_of_adapters_without_a_rank_are_refused(key):
+    with pytest.raises(ConfigError, match=r"training\.lora: rank = 0 trains all weights.*give a rank"):
+        parse_config({"training": {"lora": key}})
 
 
 def test_a_config_is_read_back_from_run_json_as_it_was():
-    config = load_config(None, {"method": "gspo", "training.adam_betas": [0.9, 0.95]})
+    config = load_config(None, {"method": "gspo", "training.adam_betas": [0.9, 0.95], "training.lora.rank": 8})
     assert parse_config(config.model_dump(mode="json")) == config
 
 

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
 from moe_replay.archive.layout import MODEL_FOLDER
+from moe_replay.engines.adapters import ADAPTERS_FOLDER, is_adapted, merged_weights, read_adapters, write_adapters
 from moe_replay.errors import ArchiveCorrupt
 
 OPTIMIZER_FOLDER = "optimizer"
@@ -35,7 +36,10 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
     def save_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
     ) -> None:
-        """Write `huggingface/` (weights in the trainer's precision) and `optimizer/` under `local_path`."""
+        """Write `huggingface/` (weights in the trainer's precision) and `optimizer/` under `local_path`.
+
+        Where adapters are trained their sum with the weights is in `huggingface/`, and they are in `adapters/`.
+        """
         assert not self.checkpoint_save_contents, "verl's own shards are pickles: save_contents must be empty"
         super().save_checkpoint(local_path, global_step=global_step)
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -45,22 +49,31 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
         if self.optimizer.state:
             state = get_optimizer_state_dict(self.model, self.optimizer, options=whole)
         if self.rank == 0:
+            model: Any = self.model
+            if is_adapted(model):
+                write_adapters(Path(local_path) / ADAPTERS_FOLDER, model, weights, _SHARD_SIZE)
+                model, weights = model.get_base_model(), merged_weights(model, weights)
             # transformers undoes its own renaming and fusing of experts, for every family it can load.
-            self.model.save_pretrained(Path(local_path) / MODEL_FOLDER, state_dict=weights)
+            model.save_pretrained(Path(local_path) / MODEL_FOLDER, state_dict=weights)
             _write_optimizer(Path(local_path) / OPTIMIZER_FOLDER, state, self.lr_scheduler.state_dict())
         torch.distributed.barrier()
 
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
     ) -> None:
-        """Restore optimizer and scheduler; the weights are loaded when the engine is built from `huggingface/`.
+        """Restore optimizer and scheduler, and adapters where they are trained.
+
+        The weights are loaded when the engine is built: from `huggingface/`, or for adapters from the model that they
+        are trained beside.
 
         Moments and the position in the schedule are the checkpoint's. Learning rate, warm-up, betas and weight decay
         stay those that the engine was built with: a fork may have been given others.
 
         Raises:
             ArchiveCorrupt: the state is not that of this model's parameters.
+            ConfigError: adapters were trained under other settings, or where now there are none.
         """
+        read_adapters(Path(local_path) / ADAPTERS_FOLDER, self.model, reads=self.rank == 0)
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
         base_lrs = self.lr_scheduler.base_lrs
         folder = Path(local_path) / OPTIMIZER_FOLDER

@@ -33,6 +33,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
+from moe_replay.engines.adapters import reproducible_start, train_routers
 from moe_replay.engines.checkpoint import SafetensorsCheckpointManager
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.row_layout import PackedRows, PaddedRows, RowLayout
@@ -71,6 +72,14 @@ class ReplayEngine(_FSDPEngine):
             processing_class=self.model_config.get_processor(),
             checkpoint_config=self.checkpoint_config,
         )
+
+    def _build_lora_module(self, module: Any) -> Any:
+        """verl's adapters; and the routers' own weights, where they are trained beside them."""
+        with reproducible_start():
+            module = super()._build_lora_module(module)
+        if self.model_config.lora["train_routers"]:
+            train_routers(module)
+        return module
 
     def release(self) -> None:
         """Let go of model and optimizer, so that others can be built in their room."""

@@ -63,6 +63,8 @@ class TrainingEngine:
     ):
         self._ranks = make_ranks(training, resources)
         self._packing = training.packing
+        self._beside_adapters = model if training.lora.rank else None
+        """The weights that a checkpoint's adapters are added to."""
         self.micro_batch_tokens = training.micro_batch_tokens
         """Most tokens of one forward pass of a rank."""
         self.weights: str | None = weights
@@ -72,13 +74,15 @@ class TrainingEngine:
     def load(self, folder: Path, weights: str, is_checkpoint: bool) -> None:
         """Hold the weights of `folder`, named `weights`: a model to start from, or a checkpoint of `save`.
 
+        A checkpoint of adapters is one of an engine that was built with the same model as this one.
+
         A model starts with a fresh optimizer; a checkpoint brings its own, whatever the number of ranks that wrote it.
         Nothing happens when they are held already.
         """
         if weights == self.weights:
             return
         self.weights = None
-        self._hold(folder / MODEL_FOLDER if is_checkpoint else folder)
+        self._hold((self._beside_adapters or folder / MODEL_FOLDER) if is_checkpoint else folder)
         if is_checkpoint:
             self._ranks.restore(folder)
         self.weights = weights

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.config import ResourcesConfig, TrainingConfig
+from moe_replay.engines.adapters import adapter_settings
 from moe_replay.errors import ConfigError
 from moe_replay.methods import Method
 
@@ -13,7 +14,7 @@ _FOREVER = 1 << 30
 def worker_config(model: Path, training: TrainingConfig, resources: ResourcesConfig) -> Any:
     """verl's `TrainingWorkerConfig` of the replaying engine around the Hugging Face model in the folder `model`.
 
-    Raises ConfigError when the attention asked for is not installed.
+    Raises ConfigError when the attention asked for is not installed, and as `adapter_settings`.
     """
     from verl.trainer.config import CheckpointConfig
     from verl.utils.device import get_device_name
@@ -59,6 +60,7 @@ def model_config(model: Path, training: TrainingConfig, resources: ResourcesConf
         override_config={"attn_implementation": _attention(training, resources)},
         use_remove_padding=training.packing,
         enable_gradient_checkpointing=training.recompute,
+        **adapter_settings(model, training.lora),
     )
 
 

@@ -38,7 +38,7 @@ def find_routers(model: nn.Module) -> tuple[str, list[Router]]:
             "those outside the live groups before its topk: this model cannot be replayed"
         )
     found: dict[tuple[str, int], Router] = {}
-    for path, gate in _gates(model):
+    for path, gate in router_modules(model):
         stack, router = _router_at(path, gate, model, config)
         if router is None:
             continue
@@ -58,6 +58,17 @@ def find_routers(model: nn.Module) -> tuple[str, list[Router]]:
     return next(iter(found))[0], routers
 
 
+def router_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(Path, module) of the outermost modules named like a router that hold its weight, inside a numbered layer."""
+    gates: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        inside = any(path.startswith(outer + ".") for outer, _ in gates[-1:])
+        if parts[-1] in _ROUTER_NAMES and any(map(str.isdigit, parts)) and not inside and _weight_shape(module)[0] > 1:
+            gates.append((path, module))
+    return gates
+
+
 def _router_at(path: str, gate: nn.Module, model: nn.Module, config: Any) -> tuple[str, Router | None]:
     """The path of the decoder stack a gate belongs to, and its router unless the layer has nothing to replay."""
     parts = path.split(".")
@@ -75,17 +86,6 @@ def _router_at(path: str, gate: nn.Module, model: nn.Module, config: Any) -> tup
         f"replay intercepts a router's topk call, and {path} ({type(gate).__name__}) makes none: this "
         "model family cannot be replayed; run it with a method without routing replay"
     )
-
-
-def _gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Outermost modules named like a router that hold its weight, inside a numbered layer, with their paths."""
-    gates: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        parts = path.split(".")
-        inside = any(path.startswith(outer + ".") for outer, _ in gates[-1:])
-        if parts[-1] in _ROUTER_NAMES and any(map(str.isdigit, parts)) and not inside and _weight_shape(module)[0] > 1:
-            gates.append((path, module))
-    return gates
 
 
 def _weight_shape(gate: nn.Module) -> tuple[int, int]:

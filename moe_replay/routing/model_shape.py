@@ -1,7 +1,7 @@
 """What routes a model makes, from its config alone: it is built without weights, and its routers are looked up."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -28,16 +28,27 @@ def router_shape(folder: Path) -> RouterShape:
     dense or of a family that can't be replayed.
     """
     try:
+        model = empty_model(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or give --layers and --experts") from error
+    routers = find_routers(model)[1]
+    layers = tuple(router.layer for router in routers)
+    decoder_layers = int(model.config.get_text_config().num_hidden_layers)
+    return RouterShape(layers, routers[0].num_experts, routers[0].top_k, decoder_layers)
+
+
+def empty_model(folder: Path) -> Any:
+    """The model whose config.json lies in `folder`, without memory for its weights.
+
+    Raises ConfigError when there is no such config on this machine, or it needs code of the model's own.
+    """
+    try:
         # Unless told otherwise, the library asks the user whether to run the model's code, and asks the hub for names.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{folder} gives no model that can be built ({type(error).__name__}); name a folder with the config.json "
-            "of a model that transformers knows without code of the model's own, or give --layers and --experts"
+            "of a model that transformers knows without code of the model's own"
         ) from error
-    routers = find_routers(model)[1]
-    layers = tuple(router.layer for router in routers)
-    decoder_layers = int(config.get_text_config().num_hidden_layers)
-    return RouterShape(layers, routers[0].num_experts, routers[0].top_k, decoder_layers)

@@ -176,6 +176,14 @@ def weights(bench: Bench, progress: Progress) -> dict[str, np.ndarray]:
     return {name: getattr(value, "full_tensor", lambda v=value: v)().numpy().copy() for name, value in state.items()}
 
 
+def served(bench: Bench, progress: Progress, batch: Batch) -> list[np.ndarray]:
+    """By sequence, the experts [tokens, L, K] that served the last pass, which was one micro-batch."""
+    ranks: Any = bench.held._ranks
+    lengths = [len(prompt) + len(response) for prompt, response in zip(batch.prompts, batch.responses, strict=True)]
+    served_BSLK = ranks.engine.routers.routed_RLK.unflatten(0, (len(lengths), max(lengths)))
+    return [rows[:length].numpy() for rows, length in zip(served_BSLK, lengths, strict=True)]
+
+
 def registered_losses(bench: Bench, progress: Progress) -> list[str]:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 

@@ -78,6 +78,26 @@ def test_everything_but_the_model_may_change(source, config, tmp_path):
     assert not RunStore(source.root, "other").exists()
 
 
+def test_what_is_trained_adapters_or_all_weights_stays(config):
+    adapted = prepare(overridden(config, {"training.lora.rank": 8}), "adapted", no_progress)
+    adapted.store().begin("training", 0, {}, adapted.digest("training")).commit()
+    changes = [
+        ({"training__lora__rank": 4}, r"changes training\.lora\.rank \(8 -> 4\) of run adapted"),
+        ({"training__lora__alpha": 64}, r"training\.lora\.alpha \(32 -> 64\)"),
+        ({"training__lora__train_routers": True}, r"training\.lora\.train_routers \(False -> True\)"),
+        ({"training__lora__rank": 0}, r"\(8 -> 0\).*--set model\.path=\.\.\./checkpoint/huggingface"),
+    ]
+    for change, told in changes:
+        with pytest.raises(ConfigError, match=told):
+            fork(adapted, 1, **change)
+    assert fork(adapted, 1, training__learning_rate=1e-3).config.training.lora.rank == 8
+
+
+def test_adapters_are_no_way_to_go_on_from_weights(source):
+    with pytest.raises(ConfigError, match=r"training\.lora\.rank \(0 -> 8\) of run source"):
+        fork(source, 1, training__lora__rank=8)
+
+
 def test_a_fork_lies_where_it_is_told_to(source, tmp_path):
     branch = fork(source, 1, storage__root=str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere/branch/run.json").is_file()

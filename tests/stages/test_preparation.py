@@ -67,6 +67,14 @@ def test_a_run_that_exists_with_another_config_is_refused_with_what_differs(conf
     assert "give another name" in str(caught.value)
 
 
+def test_adapters_that_the_model_has_no_place_for_are_refused_before_the_run_exists(config):
+    lora = {"rank": 8, "targets": ["self_attn.query"]}
+    with pytest.raises(ConfigError, match=r"no weight of the model's decoder layers ends in 'self_attn\.query'"):
+        prepare(changed(config, training__lora=lora), "run-1", no_progress)
+    assert not RunStore(config.storage.root or "", "run-1").exists()
+    assert prepare(changed(config, training__lora={"rank": 8}), "run-1", no_progress).config.training.lora.rank == 8
+
+
 @pytest.mark.parametrize("change", [{"stages__retries": 7}, {"tracking__experiment": "elsewhere"}])
 def test_how_a_run_is_retried_and_tracked_may_change(config, change):
     prepare(config, "run-1", no_progress)
