@@ -1,16 +1,16 @@
 """Responses that a rollout leaves unfinished and the next one goes on with: what of them is stored, and where from.
 
-Beside the samples of a partial rollout lie `carried-*.parquet`, a row a response, and `versions.json`, which tells
-where tokens of each weight version come from. Weight version v is the policy that iteration v rolls out under.
+Beside the samples of a partial rollout lie `carried-*.parquet`, a row a response, and `partial.json`, which tells where
+tokens of each weight version come from. Weight version v is the policy that iteration v rolls out under.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
 
 from moe_replay.archive.artifacts import Artifact, StageWriter
 from moe_replay.archive.route_writing import DIGEST_BYTES
@@ -21,7 +21,7 @@ from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace
 from moe_replay.stages.samples import columns_of, read_parts, read_samples, route_origin, trace_of, write_parts
 
-_CARRIED, _VERSIONS_FILE = "carried", "versions.json"
+_CARRIED, _ABOUT_FILE = "carried", "partial.json"
 _SCHEMA = pa.schema(
     {
         "drawn": pa.int64(),
@@ -38,6 +38,19 @@ _SCHEMA = pa.schema(
         "routed": pa.binary(),
     }
 )
+
+
+class PartialAbout(BaseModel):
+    """What a partial rollout says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts_drawn: int
+    """Of the run's endless order of prompts, up to and with this rollout: where the next one reads on."""
+    data_sha256: str
+    """Of the file that they are rows of."""
+    origins: dict[int, RouteOrigin]
+    """By weight version, of all versions that its tokens have."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +130,11 @@ class PromptGroup:
         return {version for member in self.begun for version in member.weight_versions}
 
 
-def write_carried(writer: StageWriter, groups: Sequence[PromptGroup], origins: Mapping[int, RouteOrigin]) -> None:
-    """Write groups of which every response is begun, and where tokens of each weight version come from."""
+def write_carried(writer: StageWriter, groups: Sequence[PromptGroup], about: PartialAbout) -> None:
+    """Write groups of which every response is begun, and what is to be known of the whole rollout."""
     rows = (_row(group, member) for group in groups for member in group.begun)
     write_parts(writer, _CARRIED, rows, _SCHEMA)
-    told = {str(version): origin.model_dump(mode="json") for version, origin in origins.items()}
-    writer.write_bytes(_VERSIONS_FILE, json.dumps(told, sort_keys=True, indent=2).encode())
+    writer.write_bytes(_ABOUT_FILE, about.model_dump_json(indent=2).encode())
 
 
 def read_carried(artifact: Artifact, table: PromptTable) -> list[PromptGroup]:
@@ -140,17 +152,17 @@ def read_carried(artifact: Artifact, table: PromptTable) -> list[PromptGroup]:
     return groups
 
 
-def read_origins(artifact: Artifact) -> dict[int, RouteOrigin]:
-    """Where tokens of a rollout come from by weight version; empty where all are of its own weights."""
-    if not any(stored.path == _VERSIONS_FILE for stored in artifact.commit.objects):
-        return {}
-    told = json.loads(artifact.read_bytes(_VERSIONS_FILE))
-    return {int(version): RouteOrigin.model_validate(origin) for version, origin in told.items()}
+def read_about(artifact: Artifact) -> PartialAbout | None:
+    """What a rollout says of itself, none where it is not partial; raises as `Artifact.read_bytes`."""
+    if not any(stored.path == _ABOUT_FILE for stored in artifact.commit.objects):
+        return None
+    return PartialAbout.model_validate_json(artifact.read_bytes(_ABOUT_FILE))
 
 
 def routed_sequences(artifact: Artifact) -> Iterator[RoutedSequence]:
     """The routes of a rollout's samples as they are archived; raises as `read_samples`."""
-    origins = read_origins(artifact)
+    about = read_about(artifact)
+    origins = about.origins if about else {}
     for sample in read_samples(artifact):
         changes = route_changes(len(sample.prompt_ids), sample.weight_versions or [])
         parts = tuple((first, origins[version]) for first, version in changes)

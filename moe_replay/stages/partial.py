@@ -11,37 +11,47 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moe_replay.archive.artifacts import Artifact
+from moe_replay.archive.routes import RouteOrigin
 from moe_replay.engines.rollout import Request
 from moe_replay.errors import ConfigError
-from moe_replay.stages.carrying import PromptGroup, read_carried
+from moe_replay.stages.carrying import PartialAbout, PromptGroup, read_about, read_carried
 from moe_replay.stages.run import Run
 from moe_replay.stages.samples import Sample
 
-_DRAWN, _DATA = "prompts_drawn", "data_sha256"
 
+def groups_at_work(run: Run, iteration: int, before: Artifact | None) -> list[PromptGroup]:
+    """What an iteration begins with: the groups that the rollout before it left, at their head, and new ones.
 
-def groups_at_work(
-    run: Run, iteration: int, carried: Artifact | None
-) -> tuple[list[PromptGroup], dict[str, int | str]]:
-    """What an iteration begins with: the groups that the rollout before left, at their head, and new ones behind.
-
-    Also the attributes of the commit that tell the next iteration where to read on in the data. Raises ConfigError when
-    what is carried is of other data, or as `read_carried`.
+    Raises ConfigError when what is carried is of other data, else as `read_carried`.
     """
     settings, table = run.config.rollout, run.train.open()
+    about = read_about(before) if before else None
     groups, first = [], iteration * settings.prompts
-    if carried is not None:
-        if carried.commit.attributes.get(_DATA) != run.train.sha256:
+    if before and about:
+        if about.data_sha256 != run.train.sha256:
             raise ConfigError(
-                f"{carried.name} carries responses to prompts of a file with sha256 "
-                f"{carried.commit.attributes.get(_DATA)}, the run has {run.train.sha256}; put the file back, or fork "
-                "with another rollout.oversampled_prompts, which leaves them behind"
+                f"{before.name} carries responses to prompts of a file with sha256 {about.data_sha256}, the run has "
+                f"{run.train.sha256}; put the file back, or fork with another rollout.oversampled_prompts, which "
+                "leaves them behind"
             )
-        groups, first = read_carried(carried, table), int(str(carried.commit.attributes[_DRAWN]))
+        groups, first = read_carried(before, table), about.prompts_drawn
     number = settings.prompts + settings.oversampled_prompts - len(groups)
     new = table.read_on(first, number, run.seed("data"))
-    groups += [PromptGroup(drawn, prompt, [None] * settings.responses) for drawn, prompt in enumerate(new, first)]
-    return groups, {_DRAWN: first + number, _DATA: run.train.sha256}
+    return groups + [PromptGroup(drawn, prompt, [None] * settings.responses) for drawn, prompt in enumerate(new, first)]
+
+
+def about_rollout(
+    run: Run, iteration: int, groups: Sequence[PromptGroup], before: Artifact | None, origin: RouteOrigin
+) -> PartialAbout:
+    """What is to be known of a rollout of these groups, whose new tokens are of `origin`."""
+    about = read_about(before) if before else None
+    origins = (about.origins if about else {}) | {iteration: origin}
+    versions = sorted(set().union(*(group.versions() for group in groups)))
+    return PartialAbout(
+        prompts_drawn=1 + max(group.drawn for group in groups),
+        data_sha256=run.train.sha256,
+        origins={version: origins[version] for version in versions},
+    )
 
 
 def sample_until_whole(

@@ -16,8 +16,8 @@ from moe_replay.data.prompts import Prompt
 from moe_replay.data.rewards import score
 from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
-from moe_replay.stages.carrying import PromptGroup, read_origins, write_carried
-from moe_replay.stages.partial import groups_at_work, requests_of, sample_until_whole, staleness_metrics
+from moe_replay.stages.carrying import PromptGroup, write_carried
+from moe_replay.stages.partial import about_rollout, groups_at_work, requests_of, sample_until_whole, staleness_metrics
 from moe_replay.stages.run import Run
 from moe_replay.stages.samples import Sample, write_samples
 
@@ -47,18 +47,18 @@ def generate_rollouts(
     inputs |= {"carried": carried} if carried else {}
     writer = run.store().begin("rollout", iteration, inputs, run.digest("rollout"))
     load_policy(engine, run, policy, (predictor, iteration) if predictor else None)
-    origin, attributes = _origin(engine, run, policy), {}
+    origin = _origin(engine, run, policy)
     if run.config.rollout.partial_response_tokens is None:
         samples = _sample_to_the_end(engine, progress, run, iteration)
         metrics = sample_metrics(samples)
     else:
         before = run.carried(carried, iteration)
-        samples, attributes = _sample_in_rounds(engine, progress, run, iteration, before, origin, writer)
+        samples = _sample_in_rounds(engine, progress, run, iteration, before, origin, writer)
         metrics = sample_metrics(samples) | staleness_metrics(samples, iteration)
     write_samples(writer, samples)
     if engine.merge_fidelity is not None:
         metrics["predictor/merge_fidelity"] = engine.merge_fidelity
-    return writer.commit(metrics=metrics, attributes=origin | attributes)
+    return writer.commit(metrics=metrics, attributes=origin.model_dump(mode="json"))
 
 
 def _sample_to_the_end(engine: "RolloutEngine", progress: Progress, run: Run, iteration: int) -> list[Sample]:
@@ -80,13 +80,13 @@ def _sample_in_rounds(
     progress: Progress,
     run: Run,
     iteration: int,
-    carried: Artifact | None,
-    origin: dict,
+    before: Artifact | None,
+    origin: RouteOrigin,
     writer: StageWriter,
-) -> tuple[list[Sample], dict[str, int | str]]:
-    """The samples of a partial rollout, and attributes of its commit; what is left to the next one is written."""
+) -> list[Sample]:
+    """The samples of a partial rollout; what it leaves to the next one is written."""
     settings = run.config.rollout
-    groups, attributes = groups_at_work(run, iteration, carried)
+    groups = groups_at_work(run, iteration, before)
 
     def sample_round(number: int, unfinished: Sequence[tuple[PromptGroup, int]]) -> None:
         def told(done: int, total: int, what: str) -> None:
@@ -97,15 +97,12 @@ def _sample_in_rounds(
             group.take(member, response, iteration, settings.max_response_tokens)
 
     trained, left = sample_until_whole(groups, settings.prompts, sample_round)
-    origins = (read_origins(carried) if carried else {}) | {iteration: RouteOrigin.model_validate(origin)}
-    versions = sorted(set().union(*(group.versions() for group in groups)))
-    write_carried(writer, left, {version: origins[version] for version in versions})
+    write_carried(writer, left, about_rollout(run, iteration, groups, before, origin))
     members = [(group, member) for group in range(len(trained)) for member in trained[group].begun]
-    samples = [
+    return [
         make_sample(number, group, trained[group].prompt, member.response, member.weight_versions)
         for number, (group, member) in enumerate(members)
     ]
-    return samples, attributes
 
 
 def load_policy(
@@ -153,15 +150,15 @@ def sample_metrics(samples: list[Sample]) -> dict[str, float]:
     }
 
 
-def _origin(engine: "RolloutEngine", run: Run, policy: ArtifactRef) -> dict:
-    return {
-        "source": "vllm",
-        "engine_version": engine.version,
-        "dtype": run.config.rollout.dtype,
-        "weights_sha256": policy.sha256,
-        "gates_sha256": engine.gates_sha256,
-        "predictor_sha256": engine.predictor_sha256,
-        "num_experts": engine.num_experts,
-        "top_k": engine.top_k,
-        "layers": list(engine.layers),
-    }
+def _origin(engine: "RolloutEngine", run: Run, policy: ArtifactRef) -> RouteOrigin:
+    return RouteOrigin(
+        source="vllm",
+        engine_version=engine.version,
+        dtype=run.config.rollout.dtype,
+        weights_sha256=policy.sha256,
+        gates_sha256=engine.gates_sha256,
+        predictor_sha256=engine.predictor_sha256,
+        layers=engine.layers,
+        num_experts=engine.num_experts,
+        top_k=engine.top_k,
+    )
