@@ -3,6 +3,7 @@
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from math import ceil
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_replay.archive.artifacts import Artifact, RunStore
+from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.archive.routes import RouteArchive, RouteOrigin
 from moe_replay.config import RunConfig
 from moe_replay.config_reading import load_config
@@ -252,6 +254,19 @@ def test_a_rollout_goes_on_with_the_one_before_and_no_other(run):
     for ref, iteration in ((None, 1), (artifacts[0].ref, 2), (artifacts[1].ref, 1)):
         with pytest.raises(ConfigError, match=f"iteration {iteration} .* prompts would be lost"):
             run.carried(ref, iteration)
+
+
+def test_cleaning_leaves_the_rollout_that_the_next_one_goes_on_with(run, tmp_path):
+    rollouts = Rollouts(partial(run, prompts=1, responses=2, partial_response_tokens=3, oversampled_prompts=1), [[5]])
+    rollouts.run = rollouts.run.model_copy(update={"root": str(tmp_path / "kept")})
+    before = None
+    for iteration in range(2):
+        _, before = rollouts.next(iteration, before)
+        rollouts.run.store().begin("training", iteration, {}, "digest").commit()
+    store = rollouts.run.store()
+    store.create_run({"run_id": "partial"})
+    found = find_removable(store, Retention(older_than=timedelta(0), keep_iterations=1), timedelta(0))
+    assert [one.name for one in found.removable] == ["partial/iterations/00000/rollout"]
 
 
 def test_a_rollout_that_is_not_partial_stores_nothing_of_it(run):
