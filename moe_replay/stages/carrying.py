@@ -63,6 +63,12 @@ class Begun:
     """Of each response token."""
     finished: bool
 
+    @classmethod
+    def of(cls, response: Response, weight_versions: list[int], longest: int) -> "Begun":
+        """A response as far as it is sampled; where length stopped it, only `longest` tokens are its end."""
+        finished = not response.truncated or len(response.response_ids) >= longest
+        return cls(response, weight_versions, finished)
+
     def grown(self, new: Response, version: int, longest: int) -> "Begun":
         """With what came new under weights `version`; raises RoutingMismatch when that is of another prompt or model.
 
@@ -81,13 +87,7 @@ class Begun:
             log_probs=[*before.log_probs, *new.log_probs],
             trace=RoutingTrace.concatenate([routed, new.trace]),
         )
-        return as_far(whole, [*self.weight_versions, *(version for _ in new.response_ids)], longest)
-
-
-def as_far(response: Response, weight_versions: list[int], longest: int) -> Begun:
-    """A response as far as it is sampled; one that its length stopped is at its end at `longest` tokens alone."""
-    finished = not response.truncated or len(response.response_ids) >= longest
-    return Begun(response, weight_versions, finished)
+        return Begun.of(whole, [*self.weight_versions, *(version for _ in new.response_ids)], longest)
 
 
 @dataclass(eq=False)
@@ -123,7 +123,7 @@ class PromptGroup:
         """Add a stretch that was sampled under weights `version`."""
         before = self.members[member]
         first = [version] * len(new.response_ids)
-        self.members[member] = before.grown(new, version, longest) if before else as_far(new, first, longest)
+        self.members[member] = before.grown(new, version, longest) if before else Begun.of(new, first, longest)
 
     def versions(self) -> set[int]:
         """The weight versions of its tokens."""

@@ -66,7 +66,8 @@ def sample_until_whole(
     """
     whole: list[PromptGroup] = []
     number = 0
-    while number == 0 or len(whole) < wanted:
+    # One round at least, also where enough of what is carried is whole: all that is at work comes nearer to its end.
+    while len(whole) < wanted:
         number += 1
         sample_round(number, [(group, member) for group in groups for member in group.unfinished])
         whole = [group for group in groups if not group.unfinished]
