@@ -29,6 +29,8 @@ class Learned(NamedTuple):
     """Of the routers of `policy`; none before the first fit, and under methods without one."""
     trainings: tuple[ArtifactRef, ...] = ()
     """Newest first, as many as a predictor is fitted from."""
+    carried: ArtifactRef | None = None
+    """The rollout whose unfinished responses are gone on with; none before the first, and without partial rollouts."""
 
 
 @flow(name="train", flow_run_name=training_name, persist_result=False, **LOGGED_FAILURES)
@@ -73,7 +75,7 @@ def train(
 def start_of(run: Run) -> Learned:
     """What the first iteration starts from: the model, or what another run had learned where this one was forked."""
     fork = run.forked_from
-    return Learned(fork.policy, fork.predictor, fork.trainings) if fork else Learned(run.initial_policy)
+    return Learned(fork.policy, fork.predictor, fork.trainings, fork.carried) if fork else Learned(run.initial_policy)
 
 
 @flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)
@@ -85,7 +87,7 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
     at_rollout = before.predictor if method.route_source == "rollout" else None
     at_old_pass = before.predictor if method.route_source == "old_log_prob" else None
 
-    rollout = configured(generate_rollouts, stages)(run, n, before.policy, at_rollout)
+    rollout = configured(generate_rollouts, stages)(run, n, before.policy, at_rollout, before.carried)
     routes = configured(archive_routes, stages)(run, n, rollout)
     policy = train_watched(run, n, before.policy, rollout, routes, at_old_pass)
     predictor, trainings = None, (policy, *before.trainings)[: run.config.predictor.window]
@@ -94,4 +96,5 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
         predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
     if run.plan.evaluates(n):
         configured(evaluate_policy, stages)(run, n, policy)
-    return Learned(policy, predictor, trainings), track_iteration(run, tracked, n)
+    carried = rollout if run.config.rollout.partial_response_tokens else None
+    return Learned(policy, predictor, trainings, carried), track_iteration(run, tracked, n)

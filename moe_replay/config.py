@@ -65,8 +65,24 @@ class RolloutConfig(Config):
     share: PositiveInt | None = None
     """Sequences that an engine samples at a time, by default all of a stage. Which ones are sampled together decides
     how sums are rounded: results depend on it, and on nothing else of how replicas share out the work."""
+    partial_response_tokens: PositiveInt | None = None
+    """Partial rollouts: tokens by which responses grow before it is looked at which prompts have all theirs. As soon as
+    `prompts` have, the rollout ends, and what is unfinished goes on in the next iteration, under its weights. By
+    default every response is sampled to its end."""
+    oversampled_prompts: NonNegativeInt = 0
+    """Prompts that partial rollouts have at work beside `prompts`: as many are carried into the next iteration."""
     memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Share of a GPU's memory that vLLM may take; the rest is the trainer's. Has no effect on a CPU."""
+
+    @model_validator(mode="after")
+    def _carries_what_is_partial(self) -> "RolloutConfig":
+        if (self.partial_response_tokens is not None) != (self.oversampled_prompts > 0):
+            raise ValueError(
+                f"partial_response_tokens = {self.partial_response_tokens} and oversampled_prompts = "
+                f"{self.oversampled_prompts}: partial rollouts need both, for without prompts beside those that are "
+                "trained on nothing can be left unfinished; give both, or neither"
+            )
+        return self
 
 
 class TrainingConfig(Config):

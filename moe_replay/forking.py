@@ -59,6 +59,7 @@ def fork_point(source: RunStore, root: str, iteration: int, config: RunConfig) -
         model_sha256=source.read_run()["model_sha256"],
         policy=_from_elsewhere(policy),
         predictor=predictor and _from_elsewhere(predictor),
+        carried=_carried(source, plan, iteration, config),
         trainings=_trainings(source, plan, iteration, config),
         lineage=(source.run_id, *(plan.forked_from.lineage if plan.forked_from else ())),
     )
@@ -103,6 +104,17 @@ def _require_there(artifact: Artifact) -> None:
             f"({artifact.expiry.why}), so no run can start from it; take a later iteration"
         )
     artifact.require_present()
+
+
+def _carried(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig) -> ArtifactRef | None:
+    """The rollout whose unfinished responses the new run goes on with, if it samples as the source does."""
+    sections = ("seed", "data", "rollout")
+    if config.rollout.partial_response_tokens is None or config.digest(*sections) != plan.config.digest(*sections):
+        return None
+    rollout = source.committed("rollout", iteration - 1)
+    assert rollout is not None
+    _require_there(rollout)
+    return _from_elsewhere(rollout)
 
 
 def _trainings(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig) -> tuple[ArtifactRef, ...]:

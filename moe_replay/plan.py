@@ -60,6 +60,8 @@ class ForkPoint(_Record):
     """The other's training of the iteration before."""
     predictor: ArtifactRef | None
     """The other's predictor of the iteration before, where both methods fit one."""
+    carried: ArtifactRef | None = None
+    """The other's rollout of the iteration before, where both go on with what it left unfinished."""
     trainings: tuple[ArtifactRef, ...]
     """Of the other and of those that it was forked from, newest first, as many as a predictor is fitted from."""
     lineage: tuple[str, ...]

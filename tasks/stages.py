@@ -4,7 +4,7 @@ Storage decides whether a stage has to run: Prefect's own result cache is off, s
 deployment run and an empty Prefect database all do the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from prefect import Task, get_run_logger, task
@@ -33,10 +33,17 @@ def configured(stage: Task[..., ArtifactRef], settings: StagesConfig) -> Task[..
 
 @task(name="rollout", task_run_name="rollout-{iteration}", cache_policy=NO_CACHE, retry_condition_fn=is_transient)
 def generate_rollouts(
-    run: Run, iteration: int, policy: ArtifactRef, predictor: ArtifactRef | None = None
+    run: Run,
+    iteration: int,
+    policy: ArtifactRef,
+    predictor: ArtifactRef | None = None,
+    carried: ArtifactRef | None = None,
 ) -> ArtifactRef:
-    """Sample responses with vLLM, score them, and keep their log-probs and routes; under a predictor's, where given."""
-    inputs = {"policy": policy} | _given("predictor", predictor)
+    """Sample responses with vLLM, score them, and keep their log-probs and routes; under a predictor's, where given.
+
+    Partial rollouts go on with what the rollout before, `carried`, left unfinished.
+    """
+    inputs = {"policy": policy, "predictor": predictor, "carried": carried}
     return _on_engine(run, "rollout", iteration, inputs, "rollout", "rollout:generate_rollouts")
 
 
@@ -60,7 +67,7 @@ def train_replayed(
     predictor: ArtifactRef | None = None,
 ) -> ArtifactRef:
     """Take the mini-steps with verl under the method's routes, and write the next policy and router evolution."""
-    inputs = {"policy": policy, "rollout": rollout, "routes": routes} | _given("predictor", predictor)
+    inputs = {"policy": policy, "rollout": rollout, "routes": routes, "predictor": predictor}
     return _on_engine(run, "training", iteration, inputs, "training", "training:train_replayed")
 
 
@@ -87,15 +94,12 @@ def evaluate_policy(run: Run, iteration: int, policy: ArtifactRef) -> ArtifactRe
     return _on_engine(run, "evaluation", iteration, {"policy": policy}, "rollout", "evaluation:evaluate_policy")
 
 
-def _given(name: str, ref: ArtifactRef | None) -> dict[str, ArtifactRef]:
-    return {name: ref} if ref is not None else {}
-
-
 def _on_engine(
-    run: Run, stage: str, iteration: int, inputs: dict[str, ArtifactRef], engine: str, function: str
+    run: Run, stage: str, iteration: int, inputs: Mapping[str, ArtifactRef | None], engine: str, function: str
 ) -> ArtifactRef:
     """Run a stage's function in the process of an engine; whatever goes wrong, the next attempt gets a clean one.
 
+    The function takes `inputs` in their order, none for those that there are not.
     The stability alarm goes off before anything is changed, so the engine stays.
     """
     pool = engines_of(run)
@@ -118,7 +122,8 @@ def _on_engine(
         progress.finish()
         return made
 
-    return _unless_committed(run, stage, iteration, inputs, work)
+    given = {name: ref for name, ref in inputs.items() if ref is not None}
+    return _unless_committed(run, stage, iteration, given, work)
 
 
 def _give_less(pool: EnginePool, engine: str, run: Run, failed: OutOfMemory) -> NoReturn:

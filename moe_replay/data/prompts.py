@@ -80,26 +80,31 @@ class PromptTable:
         Iterations read on through epochs, each a permutation of its own of all rows, so that a resumed run needs
         no state to go on where it stopped.
         """
+        return self.read_on(iteration * count, count, seed)
+
+    def read_on(self, first: int, count: int, seed: int) -> list[Prompt]:
+        """The `count` prompts from number `first` on of that endless order, as `draw` takes them from it."""
         rows: list[int] = []
         while len(rows) < count:
-            epoch, offset = divmod(iteration * count + len(rows), len(self))
+            epoch, offset = divmod(first + len(rows), len(self))
             rows += _epoch_order(len(self), seed, epoch)[offset : offset + count - len(rows)].tolist()
-        return self._prompts(rows)
+        return self.at(rows)
 
     def take(self, count: int) -> list[Prompt]:
         """The first `count` prompts in file order, or all where there are fewer."""
-        return self._prompts(list(range(min(count, len(self)))))
+        return self.at(list(range(min(count, len(self)))))
 
     def rows(self) -> Iterator[Prompt]:
         """All prompts in file order."""
         for start in range(0, len(self), 1024):
-            yield from self._prompts(list(range(start, min(start + 1024, len(self)))))
+            yield from self.at(list(range(start, min(start + 1024, len(self)))))
 
     def data_sources(self) -> set[str]:
         """The distinct `data_source` values, for `rewards.require_known_sources`."""
         return set(pc.unique(self._table.column("data_source")).to_pylist())
 
-    def _prompts(self, rows: list[int]) -> list[Prompt]:
+    def at(self, rows: Sequence[int]) -> list[Prompt]:
+        """The prompts in these rows, in this order."""
         records = self._table.take(pa.array(rows, pa.int64())).to_pylist()
         return [
             Prompt(

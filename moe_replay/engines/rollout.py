@@ -37,11 +37,15 @@ class Request:
     """Chat messages, as in verl's `prompt` column."""
     seed: int
     """Seed of this response's sampler, so that it depends on nothing else in the batch."""
+    begun: tuple[int, ...] = ()
+    """Token ids of the response so far, where one is gone on with."""
+    most: int | None = None
+    """New tokens after which to stop; by default `max_response_tokens` alone bounds the response."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response of T prompt and response tokens."""
+    """One sampled response of T prompt and response tokens; of one that was gone on with, what is new."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -49,10 +53,12 @@ class Response:
     log_probs: list[float]
     """log μ of each response token, at the sampling temperature."""
     text: str
+    """Of the whole response, also where it was gone on with."""
     truncated: bool
     """Stopped by its length, not by an end-of-sequence token."""
     trace: RoutingTrace
-    """Routes of all T tokens; the last, which was never fed, is missing."""
+    """Routes of all T tokens; the last, which was never fed, is missing. Where a response was gone on with: of the last
+    token before, which is fed now for the first time, and of the new ones."""
 
 
 class RolloutEngine:
@@ -174,17 +180,21 @@ class RolloutEngine:
         # blocks in the cache is computed in another shape than one that doesn't: start each batch without.
         self._llm.reset_prefix_cache()
         sampling = [
-            SamplingParams(
-                temperature=temperature, max_tokens=self.config.max_response_tokens, logprobs=0, seed=request.seed
-            )
+            SamplingParams(temperature=temperature, max_tokens=self._room(request), logprobs=0, seed=request.seed)
             for request in requests
         ]
+        fed = [[*ids, *request.begun] for ids, request in zip(prompts, requests, strict=True)]
         outputs = self._llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=_progress_bar(progress)
+            [{"prompt_token_ids": ids} for ids in fed], sampling, use_tqdm=_progress_bar(progress)
         )
         # Each of vLLM's outputs goes once it is read, so that a batch's routes, which are large, are held once.
         outputs.reverse()
-        return [self._response(outputs.pop()) for _ in requests]
+        return [self._response(outputs.pop(), request.begun) for request in requests]
+
+    def _room(self, request: Request) -> int:
+        """New tokens that a response may take."""
+        left = self.config.max_response_tokens - len(request.begun)
+        return left if request.most is None else min(left, request.most)
 
     def _ask(self, method: str, *args: Any) -> Any:
         """Have every worker of vLLM run a method of `PolicyLoader`; the first one's answer."""
@@ -197,12 +207,13 @@ class RolloutEngine:
             for number, messages in enumerate(conversations, first)
         ]
 
-    def _response(self, output: Any) -> Response:
+    def _response(self, output: Any, begun: tuple[int, ...]) -> Response:
         sample = output.outputs[0]
-        prompt_ids, response_ids = list(output.prompt_token_ids), list(sample.token_ids)
+        fed_ids, response_ids = list(output.prompt_token_ids), list(sample.token_ids)
+        num_tokens = len(fed_ids) + len(response_ids)
         if sample.routed_experts is None:
             raise RoutingMismatch(
-                f"the engine returned no routes for a sequence of {len(prompt_ids) + len(response_ids)} tokens; "
+                f"the engine returned no routes for a sequence of {num_tokens} tokens; "
                 "its kernel does not report the experts it selects: choose another MoE kernel for vLLM"
             )
         captured = np.asarray(sample.routed_experts)
@@ -211,16 +222,19 @@ class RolloutEngine:
                 f"the engine captured {captured.shape[1]} decoder layers, the last with experts is {self.layers[-1]}; "
                 "capture and model disagree on the layer map"
             )
+        trace = RoutingTrace.from_capture(captured[:, list(self.layers)], num_tokens, self.num_experts, self.layers)
         return Response(
-            prompt_ids=prompt_ids,
+            prompt_ids=fed_ids[: len(fed_ids) - len(begun)],
             response_ids=response_ids,
             log_probs=[step[token].logprob for step, token in zip(sample.logprobs, response_ids, strict=True)],
-            text=sample.text,
+            text=self._decode([*begun, *response_ids]) if begun else sample.text,
             truncated=sample.finish_reason == "length",
-            trace=RoutingTrace.from_capture(
-                captured[:, list(self.layers)], len(prompt_ids) + len(response_ids), self.num_experts, self.layers
-            ),
+            # What the prefix is routed by now is of no use: its tokens were served by the routes of before.
+            trace=trace.slice_tokens(len(fed_ids) - 1, num_tokens) if begun else trace,
         )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._llm.get_tokenizer().decode(ids, skip_special_tokens=True)
 
 
 def shares_of(requests: int, share: int | None) -> list[slice]:

@@ -3,16 +3,21 @@
 Runs in the process of the rollout engine.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_replay.archive.artifacts import Artifact, StageWriter
 from moe_replay.archive.commits import ArtifactRef
+from moe_replay.archive.routes import RouteOrigin
 from moe_replay.data.prompts import Prompt
 from moe_replay.data.rewards import score
 from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
+from moe_replay.stages.carrying import PromptGroup, write_carried
+from moe_replay.stages.partial import about_rollout, groups_at_work, requests_of, sample_until_whole, staleness_metrics
 from moe_replay.stages.run import Run
 from moe_replay.stages.samples import Sample, write_samples
 
@@ -27,35 +32,78 @@ def generate_rollouts(
     iteration: int,
     policy: ArtifactRef,
     predictor: ArtifactRef | None = None,
+    carried: ArtifactRef | None = None,
 ) -> ArtifactRef:
     """Sample `rollout.responses` answers to each of `rollout.prompts` prompts, score and commit them.
 
-    A `predictor` is merged into the gates, so that the routes are the predicted ones (PR2).
+    A `predictor` is merged into the gates, so that the routes are the predicted ones (PR2). Partial rollouts go on with
+    what the rollout before, `carried`, left unfinished.
 
     Raises:
-        ConfigError: a prompt is too long, or nothing can score its source.
+        ConfigError: a prompt is too long, nothing can score its source, or `carried` is not the rollout before.
         RoutingMismatch: the engine's routes can't be trusted, or the predictor is of another model.
     """
-    settings = run.config.rollout
     inputs = {"policy": policy} | ({"predictor": predictor} if predictor else {})
+    inputs |= {"carried": carried} if carried else {}
     writer = run.store().begin("rollout", iteration, inputs, run.digest("rollout"))
+    load_policy(engine, run, policy, (predictor, iteration) if predictor else None)
+    origin = _origin(engine, run, policy)
+    if run.config.rollout.partial_response_tokens is None:
+        samples = _sample_to_the_end(engine, progress, run, iteration)
+        metrics = sample_metrics(samples)
+    else:
+        before = run.carried(carried, iteration)
+        samples = _sample_in_rounds(engine, progress, run, iteration, before, origin, writer)
+        metrics = sample_metrics(samples) | staleness_metrics(samples, iteration)
+    engine.rest()
+    write_samples(writer, samples)
+    if engine.merge_fidelity is not None:
+        metrics["predictor/merge_fidelity"] = engine.merge_fidelity
+    return writer.commit(metrics=metrics, attributes=origin.model_dump(mode="json"))
+
+
+def _sample_to_the_end(engine: "RolloutEngine", progress: Progress, run: Run, iteration: int) -> list[Sample]:
+    settings = run.config.rollout
     prompts = run.train.open().draw(iteration, settings.prompts, run.seed("data"))
     groups = [group for group in range(len(prompts)) for _ in range(settings.responses)]
     requests = [
         Request(prompts[group].messages, run.seed("rollout", iteration, number)) for number, group in enumerate(groups)
     ]
-    load_policy(engine, run, policy, (predictor, iteration) if predictor else None)
     responses = engine.generate(requests, settings.temperature, progress)
-    engine.rest()
-    samples = [
+    return [
         make_sample(number, group, prompts[group], response)
         for number, (group, response) in enumerate(zip(groups, responses, strict=True))
     ]
-    write_samples(writer, samples)
-    metrics = sample_metrics(samples)
-    if engine.merge_fidelity is not None:
-        metrics["predictor/merge_fidelity"] = engine.merge_fidelity
-    return writer.commit(metrics=metrics, attributes=_origin(engine, run, policy))
+
+
+def _sample_in_rounds(
+    engine: "RolloutEngine",
+    progress: Progress,
+    run: Run,
+    iteration: int,
+    before: Artifact | None,
+    origin: RouteOrigin,
+    writer: StageWriter,
+) -> list[Sample]:
+    """The samples of a partial rollout; what it leaves to the next one is written."""
+    settings = run.config.rollout
+    groups = groups_at_work(run, iteration, before)
+
+    def sample_round(number: int, unfinished: Sequence[tuple[PromptGroup, int]]) -> None:
+        def told(done: int, total: int, what: str) -> None:
+            progress(done, total, f"{what} of round {number}")
+
+        responses = engine.generate(requests_of(run, unfinished), settings.temperature, told)
+        for (group, member), response in zip(unfinished, responses, strict=True):
+            group.take(member, response, iteration, settings.max_response_tokens)
+
+    trained, left = sample_until_whole(groups, settings.prompts, sample_round)
+    write_carried(writer, left, about_rollout(run, iteration, groups, before, origin))
+    members = [(group, member) for group in range(len(trained)) for member in trained[group].begun]
+    return [
+        make_sample(number, group, trained[group].prompt, member.response, member.weight_versions)
+        for number, (group, member) in enumerate(members)
+    ]
 
 
 def load_policy(
@@ -72,7 +120,9 @@ def load_policy(
         engine.load(policy.model_folder, policy.sha256, merged)
 
 
-def make_sample(number: int, group: int, prompt: Prompt, response: Response) -> Sample:
+def make_sample(
+    number: int, group: int, prompt: Prompt, response: Response, weight_versions: list[int] | None = None
+) -> Sample:
     """Score a response and keep it with its prompt's place."""
     return Sample(
         sequence_id=number,
@@ -85,6 +135,7 @@ def make_sample(number: int, group: int, prompt: Prompt, response: Response) -> 
         text=response.text,
         reward=score(prompt.data_source, response.text, prompt.ground_truth, prompt.extra_info),
         truncated=response.truncated,
+        weight_versions=weight_versions,
         trace=response.trace,
     )
 
@@ -100,15 +151,15 @@ def sample_metrics(samples: list[Sample]) -> dict[str, float]:
     }
 
 
-def _origin(engine: "RolloutEngine", run: Run, policy: ArtifactRef) -> dict:
-    return {
-        "source": "vllm",
-        "engine_version": engine.version,
-        "dtype": run.config.rollout.dtype,
-        "weights_sha256": policy.sha256,
-        "gates_sha256": engine.gates_sha256,
-        "predictor_sha256": engine.predictor_sha256,
-        "num_experts": engine.num_experts,
-        "top_k": engine.top_k,
-        "layers": list(engine.layers),
-    }
+def _origin(engine: "RolloutEngine", run: Run, policy: ArtifactRef) -> RouteOrigin:
+    return RouteOrigin(
+        source="vllm",
+        engine_version=engine.version,
+        dtype=run.config.rollout.dtype,
+        weights_sha256=policy.sha256,
+        gates_sha256=engine.gates_sha256,
+        predictor_sha256=engine.predictor_sha256,
+        layers=engine.layers,
+        num_experts=engine.num_experts,
+        top_k=engine.top_k,
+    )

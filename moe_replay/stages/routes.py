@@ -2,8 +2,9 @@
 
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.routes import write_routes
+from moe_replay.stages.carrying import routed_sequences
 from moe_replay.stages.run import Run
-from moe_replay.stages.samples import read_samples, route_origin
+from moe_replay.stages.samples import route_origin
 
 
 def archive_routes(run: Run, iteration: int, rollout: ArtifactRef) -> ArtifactRef:
@@ -15,9 +16,13 @@ def archive_routes(run: Run, iteration: int, rollout: ArtifactRef) -> ArtifactRe
     """
     writer = run.store().begin("routes", iteration, {"rollout": rollout}, run.digest("routes"))
     artifact = run.open(rollout)
-    sequences = ((sample.trace, sample.token_digest) for sample in read_samples(artifact))
     storage = run.config.storage
     provenance = write_routes(
-        writer, sequences, route_origin(artifact), storage.chunk_tokens, storage.codec, storage.keep_order
+        writer,
+        routed_sequences(artifact),
+        route_origin(artifact),
+        storage.chunk_tokens,
+        storage.codec,
+        storage.keep_order,
     )
     return writer.commit(attributes={"tokens": provenance.tokens, "missing_rows": provenance.missing_rows})

@@ -148,6 +148,25 @@ class Run(BaseModel):
             file.write_bytes(self.open(ref).read_bytes(PREDICTOR_FILE))
             yield file
 
+    def carried(self, ref: ArtifactRef | None, iteration: int) -> Artifact | None:
+        """The rollout whose unfinished responses an iteration goes on with; none for the first iteration.
+
+        Raises ConfigError unless it is that of the iteration before, of this run or the one it was forked from.
+        """
+        fork = self.forked_from
+        if fork is not None and fork.iteration == iteration:
+            expected = ref == fork.carried
+        elif ref is None:
+            expected = iteration == 0
+        else:
+            expected = RunLayout.place_of(ref.uri) == (iteration - 1, "rollout")
+        if not expected:
+            raise ConfigError(
+                f"iteration {iteration} of run {self.run_id} goes on with what the rollout before left unfinished, got "
+                f"{ref.uri if ref else 'none'}; prompts would be lost or trained on twice: give that one"
+            )
+        return self.open(ref) if ref else None
+
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder on local disk that is gone afterwards; raises StorageFull when no room is left there."""
@@ -163,7 +182,7 @@ class Run(BaseModel):
         fork = self.forked_from
         if fork is None or self.store().commit_of("training", fork.iteration) is not None:
             return
-        for ref in filter(None, (fork.policy, fork.predictor)):
+        for ref in filter(None, (fork.policy, fork.predictor, fork.carried)):
             try:
                 found = self.open(ref)
                 found.require_present()

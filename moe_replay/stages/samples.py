@@ -6,9 +6,10 @@ can't be repeated. They lie in objects of their own, which training, that reads 
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import count, islice
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,8 @@ SCHEMA = pa.schema(
         "token_digest": pa.binary(DIGEST_BYTES),
     }
 )
+PARTIAL_SCHEMA = SCHEMA.append(pa.field("weight_versions", pa.list_(pa.int32())))
+"""Of partial rollouts, whose tokens were not all sampled under the same weights."""
 CAPTURE_SCHEMA = pa.schema({"sequence_id": pa.int64(), "routed_experts": pa.binary(), "routed": pa.binary()})
 
 
@@ -60,8 +63,15 @@ class Answer:
     text: str
     reward: float
     truncated: bool
+    weight_versions: list[int] | None = None
+    """The iteration whose policy sampled each response token; none where that is the rollout's own for all of them."""
 
     def __post_init__(self) -> None:
+        if self.weight_versions is not None and len(self.weight_versions) != len(self.response_ids):
+            raise RoutingMismatch(
+                f"sequence {self.sequence_id} has {len(self.response_ids)} response tokens and "
+                f"{len(self.weight_versions)} weight versions; they belong to other tokens: run the rollout again"
+            )
         if len(self.log_probs) != len(self.response_ids):
             raise RoutingMismatch(
                 f"sequence {self.sequence_id} has {len(self.response_ids)} response tokens and {len(self.log_probs)} "
@@ -94,20 +104,32 @@ class Sample(Answer):
 
 
 def write_samples(writer: StageWriter, samples: Sequence[Sample]) -> None:
-    """Write `part-*.parquet` and the routes in `captured-*.parquet`, `PART_ROWS` samples each."""
-    for part, start in enumerate(range(0, len(samples), PART_ROWS)):
-        held = samples[start : start + PART_ROWS]
-        answers = [{name: getattr(sample, name) for name in SCHEMA.names} for sample in held]
-        _write(writer, f"{_ANSWERS}-{part:05d}.parquet", pa.Table.from_pylist(answers, SCHEMA))
-        captured = [_captured(sample) for sample in held]
-        _write(writer, f"{_CAPTURED}-{part:05d}.parquet", pa.Table.from_pylist(captured, CAPTURE_SCHEMA))
+    """Write `part-*.parquet` and the routes in `captured-*.parquet`, `PART_ROWS` samples each.
+
+    All samples have weight versions, or none.
+    """
+    schema = PARTIAL_SCHEMA if any(sample.weight_versions for sample in samples) else SCHEMA
+    write_parts(writer, _ANSWERS, ({name: getattr(one, name) for name in schema.names} for one in samples), schema)
+    captured = ({"sequence_id": sample.sequence_id, **columns_of(sample.trace)} for sample in samples)
+    write_parts(writer, _CAPTURED, captured, CAPTURE_SCHEMA)
+
+
+def write_parts(writer: StageWriter, kind: str, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """Write rows to `<kind>-*.parquet`, `PART_ROWS` each, as many of which are held at a time."""
+    left = iter(rows)
+    for part in count():
+        held = list(islice(left, PART_ROWS))
+        if not held:
+            break
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(held, schema), buffer, compression="zstd")
+        writer.write_bytes(f"{kind}-{part:05d}.parquet", buffer.getvalue())
 
 
 def read_answers(artifact: Artifact) -> Iterator[Answer]:
     """The samples of a rollout, in order, without their routes; raises as `read_samples` does."""
-    for path in _parts(artifact, _ANSWERS):
-        for row in _read(artifact, path, SCHEMA):
-            yield _checked(Answer(**_without_digest(row)), row["token_digest"])
+    for row in read_parts(artifact, _ANSWERS, PARTIAL_SCHEMA):
+        yield _checked(Answer(**_without_digest(row)), row["token_digest"])
 
 
 def read_samples(artifact: Artifact) -> Iterator[Sample]:
@@ -119,14 +141,15 @@ def read_samples(artifact: Artifact) -> Iterator[Sample]:
     """
     origin = route_origin(artifact)
     for answers, captured in zip(_parts(artifact, _ANSWERS), _parts(artifact, _CAPTURED), strict=True):
-        rows = zip(_read(artifact, answers, SCHEMA), _read(artifact, captured, CAPTURE_SCHEMA), strict=True)
+        rows = zip(_read(artifact, answers, PARTIAL_SCHEMA), _read(artifact, captured, CAPTURE_SCHEMA), strict=True)
         for row, routes in rows:
             if row["sequence_id"] != routes["sequence_id"]:
                 raise RoutingMismatch(
                     f"{artifact.name}/{captured} has routes of sequence {routes['sequence_id']} where {answers} has "
                     f"sequence {row['sequence_id']}; the rollout was altered: run it again"
                 )
-            sample = Sample(**_without_digest(row), trace=_trace(routes, origin))
+            trace = trace_of(routes, origin, f"sequence {row['sequence_id']}")
+            sample = Sample(**_without_digest(row), trace=trace)
             yield _checked(sample, row["token_digest"])
 
 
@@ -135,36 +158,37 @@ def route_origin(artifact: Artifact) -> RouteOrigin:
     return RouteOrigin.model_validate(artifact.commit.attributes)
 
 
-def _parts(artifact: Artifact, kind: str) -> list[str]:
-    return [stored.path for stored in artifact.commit.objects if stored.path.startswith(f"{kind}-")]
+def read_parts(artifact: Artifact, kind: str, schema: pa.Schema) -> Iterator[dict[str, Any]]:
+    """The rows of `<kind>-*.parquet`, in order; columns that a file lacks are none. Raises as `Artifact.read_bytes`."""
+    for path in _parts(artifact, kind):
+        yield from _read(artifact, path, schema)
 
 
-def _write(writer: StageWriter, path: str, table: pa.Table) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    writer.write_bytes(path, buffer.getvalue())
+def columns_of(trace: RoutingTrace) -> dict[str, bytes]:
+    """A trace as cells of Parquet."""
+    return {"routed_experts": trace.ids_TLK.tobytes(), "routed": trace.valid_T.tobytes()}
 
 
-def _read(artifact: Artifact, path: str, schema: pa.Schema) -> list[dict]:
-    return pq.read_table(io.BytesIO(artifact.read_bytes(path)), schema=schema).to_pylist()
-
-
-def _captured(sample: Sample) -> dict:
-    routed_experts, routed = sample.trace.ids_TLK.tobytes(), sample.trace.valid_T.tobytes()
-    return {"sequence_id": sample.sequence_id, "routed_experts": routed_experts, "routed": routed}
-
-
-def _trace(row: dict, origin: RouteOrigin) -> RoutingTrace:
+def trace_of(row: dict[str, Any], origin: RouteOrigin, name: str) -> RoutingTrace:
+    """The trace in the cells of a row; raises RoutingMismatch with its `name` unless it is of the origin's model."""
     dtype = np.dtype(route_dtype(origin.num_experts))
     valid_T = np.frombuffer(row["routed"], dtype=np.bool_)
     shape = (len(valid_T), len(origin.layers), origin.top_k)
     if len(row["routed_experts"]) != math.prod(shape) * dtype.itemsize:
         raise RoutingMismatch(
-            f"sequence {row['sequence_id']} has {len(row['routed_experts'])} bytes of routes, {dtype} of shape {shape} "
-            f"takes {math.prod(shape) * dtype.itemsize}; they are of another model: run the rollout again"
+            f"{name} has {len(row['routed_experts'])} bytes of routes, {dtype} of shape {shape} takes "
+            f"{math.prod(shape) * dtype.itemsize}; they are of another model: run the rollout again"
         )
     ids_TLK = np.frombuffer(row["routed_experts"], dtype=dtype).reshape(shape)
     return RoutingTrace(ids_TLK, valid_T, origin.num_experts, origin.layers)
+
+
+def _parts(artifact: Artifact, kind: str) -> list[str]:
+    return [stored.path for stored in artifact.commit.objects if stored.path.startswith(f"{kind}-")]
+
+
+def _read(artifact: Artifact, path: str, schema: pa.Schema) -> list[dict[str, Any]]:
+    return pq.read_table(io.BytesIO(artifact.read_bytes(path)), schema=schema).to_pylist()
 
 
 def _without_digest(row: dict) -> dict:

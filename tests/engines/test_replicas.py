@@ -1,6 +1,7 @@
 """vLLM replicas under Ray, beside one engine that samples the same shares."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,19 @@ def test_replicas_give_what_one_engine_gives_under_the_weights_that_were_loaded_
     load((embedded, replicas), write_perturbed(assets.model, tmp_path / "perturbed"), "perturbed")
     assert replicas.call("rollout_calls:held", no_progress) == embedded.call("rollout_calls:held", no_progress)
     assert_same(generate(replicas, requests), share_by_share(embedded, requests))
+
+
+def test_responses_go_on_in_replicas_as_they_do_in_one_engine(embedded, replicas, requests, assets):
+    load((replicas,), assets.model, "embedded")
+    cut = [replace(request, most=2) for request in requests]
+    first = generate(replicas, cut)
+    assert_same(first, share_by_share(embedded, cut))
+    going = zip(requests, first, strict=True)
+    on = [replace(one, seed=99 + one.seed, begun=tuple(sofar.response_ids)) for one, sofar in going if sofar.truncated]
+    assert len(on) > SHARE
+    second = generate(replicas, on)
+    assert_same(second, share_by_share(embedded, on))
+    assert [one.trace.num_tokens for one in second] == [1 + len(one.response_ids) for one in second]
 
 
 def test_the_share_of_a_replica_that_dies_goes_to_another_and_the_next_load_replaces_it(

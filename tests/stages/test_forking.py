@@ -9,6 +9,7 @@ from predictor_samples import make_run, train, train_and_fit
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.cleaning import searches
+from moe_replay.archive.dependents import needed_by_forks
 from moe_replay.archive.removal import Findings, remove
 from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.config import RunConfig
@@ -177,6 +178,32 @@ def test_an_unreadable_origin_is_told(source):
     branch.store().rewrite_run({**document, "forked_from": {**document["forked_from"], "iteration": 0}})
     with pytest.raises(ArchiveCorrupt, match="nothing readable of what the run was forked from"):
         RunPlan.stored(branch.store())
+
+
+def test_a_fork_goes_on_with_what_the_rollout_before_left_if_it_samples_as_the_source_does(config):
+    settings = {"rollout.partial_response_tokens": 2, "rollout.oversampled_prompts": 3}
+    source = prepare(overridden(config, settings), "source", no_progress)
+    for stage in ("rollout", "training"):
+        writer = source.store().begin(stage, 0, {}, source.digest(stage))
+        writer.write_bytes("data", b"data")
+        writer.commit()
+    branch = fork(source, 1, method="grpo", training__learning_rate=1e-6)
+    left = source.store().commit_of("rollout", 0)
+    point = branch.forked_from
+    assert point is not None
+    assert point.carried is not None
+    assert branch.carried(point.carried, 1).ref.sha256 == left.sha256
+    assert prepare(branch.config, "branch", no_progress) == branch
+    assert needed_by_forks(source.root)[left.sha256] == "branch"
+    for changed in ({"rollout__temperature": 0.5}, {"seed": 3}, {"rollout__oversampled_prompts": 4}):
+        other = fork(source, 1, f"other-{'-'.join(changed)}", **changed)
+        assert other.forked_from.carried is None
+        assert other.carried(None, 1) is None
+    with pytest.raises(ConfigError, match="goes on with what the rollout before left unfinished, got none"):
+        branch.carried(None, 1)
+    shutil.rmtree(source.store().folder.local_folder / "iterations/00000/rollout")
+    with pytest.raises(ConfigError, match=r"forked from iteration 1 of run source .*_committed\.json is missing"):
+        prepare(branch.config, "branch", no_progress)
 
 
 # Predictors

@@ -1,0 +1,95 @@
+"""Partial rollouts: more prompts are at work than an iteration trains on, and what is unfinished waits for the next.
+
+Responses grow in rounds, all of them by up to `rollout.partial_response_tokens` tokens. After a round it is looked at
+which prompts have all their responses; as soon as `rollout.prompts` have, the oldest of these are the batch, and all
+other prompts are carried with what was sampled of them, finished responses too: a group is trained on whole. Every
+response ends at `rollout.max_response_tokens`, so that a batch is always reached.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moe_replay.archive.artifacts import Artifact
+from moe_replay.archive.routes import RouteOrigin
+from moe_replay.engines.rollout import Request
+from moe_replay.errors import ConfigError
+from moe_replay.stages.carrying import PartialAbout, PromptGroup, read_about, read_carried
+from moe_replay.stages.run import Run
+from moe_replay.stages.samples import Sample
+
+
+def groups_at_work(run: Run, iteration: int, before: Artifact | None) -> list[PromptGroup]:
+    """What an iteration begins with: the groups that the rollout before it left, at their head, and new ones.
+
+    Raises ConfigError when what is carried is of other data, else as `read_carried`.
+    """
+    settings, table = run.config.rollout, run.train.open()
+    about = read_about(before) if before else None
+    groups, first = [], iteration * settings.prompts
+    if before and about:
+        if about.data_sha256 != run.train.sha256:
+            raise ConfigError(
+                f"{before.name} carries responses to prompts of a file with sha256 {about.data_sha256}, the run has "
+                f"{run.train.sha256}; put the file back, or fork with another rollout.oversampled_prompts, which "
+                "leaves them behind"
+            )
+        groups, first = read_carried(before, table), about.prompts_drawn
+    number = settings.prompts + settings.oversampled_prompts - len(groups)
+    new = table.read_on(first, number, run.seed("data"))
+    return groups + [PromptGroup(drawn, prompt, [None] * settings.responses) for drawn, prompt in enumerate(new, first)]
+
+
+def about_rollout(
+    run: Run, iteration: int, groups: Sequence[PromptGroup], before: Artifact | None, origin: RouteOrigin
+) -> PartialAbout:
+    """What is to be known of a rollout of these groups, whose new tokens are of `origin`."""
+    about = read_about(before) if before else None
+    origins = (about.origins if about else {}) | {iteration: origin}
+    versions = sorted(set().union(*(group.versions() for group in groups)))
+    return PartialAbout(
+        prompts_drawn=1 + max(group.drawn for group in groups),
+        data_sha256=run.train.sha256,
+        origins={version: origins[version] for version in versions},
+    )
+
+
+def sample_until_whole(
+    groups: Sequence[PromptGroup],
+    wanted: int,
+    sample_round: Callable[[int, list[tuple[PromptGroup, int]]], None],
+) -> tuple[list[PromptGroup], list[PromptGroup]]:
+    """Have rounds sampled until `wanted` of at least as many groups are whole: the oldest whole ones, and the others.
+
+    `sample_round` is given the number of the round, from 1, and each (group, member) that is unfinished, and has all of
+    them take a stretch.
+    """
+    whole: list[PromptGroup] = []
+    number = 0
+    # One round at least, also where enough of what is carried is whole: all that is at work comes nearer to its end.
+    while len(whole) < wanted:
+        number += 1
+        sample_round(number, [(group, member) for group in groups for member in group.unfinished])
+        whole = [group for group in groups if not group.unfinished]
+    trained = whole[:wanted]
+    return trained, [group for group in groups if group not in trained]
+
+
+def requests_of(run: Run, unfinished: Sequence[tuple[PromptGroup, int]]) -> list[Request]:
+    """What to ask of the engine for a round. Each stretch has a seed of its own, or it would repeat another's luck."""
+    most = run.config.rollout.partial_response_tokens
+    return [
+        group.request(member, run.seed("stretch", group.drawn, member, group.length(member)), most)
+        for group, member in unfinished
+    ]
+
+
+def staleness_metrics(samples: Sequence[Sample], iteration: int) -> dict[str, float]:
+    """`rollout/*` of `docs/methods.md`, over the response tokens that are trained on."""
+    versions = [version for sample in samples for version in sample.weight_versions or []]
+    staleness_T = iteration - np.array(versions)
+    return {
+        "rollout/staleness_mean": float(staleness_T.mean()),
+        "rollout/staleness_max": float(staleness_T.max()),
+        "rollout/carried_tokens": float((staleness_T > 0).mean()),
+    }
