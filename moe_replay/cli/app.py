@@ -66,7 +66,7 @@ def main() -> None:
     """Entry point; exits with 2 for what the user has to change, 3 for a decision to take, 1 for what went wrong."""
     set_defaults()
     try:
-        app()
+        app(sys.argv[1:])
     except ReplayError as error:
         err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, StabilityAlarm) else 1)
