@@ -4,8 +4,9 @@
 
 On the embedded model and on a random Qwen3-MoE of 200 M parameters (8 layers, 64 experts, top-8, H = 512), both in
 bfloat16. Each engine has a process of its own and the settings of a run (`moe_replay.engines.rollout`); both sample the
-same prompts under the same seeds and have to give the same tokens. They take turns, the first of a round in turn too,
-and a round before the first warms up. Told is the ratio of tokens a second with routes to those without, by round:
+same prompts under the same seeds and have to give the same tokens. Seconds are the processor's on a CPU, which other
+processes hardly touch (so give it one thread), and the clock's elsewhere. They take turns, the first of a round in turn
+too, and a round before the first warms up. Told is the ratio of tokens a second with routes to those without, by round:
 median, and quartiles in brackets; once of vLLM alone, and once with what moe-replay does next, which is to check the
 routes and turn them into traces.
 """
@@ -58,19 +59,21 @@ class Sampler(rollout.RolloutEngine):
 def sample(engine: Sampler, _: object, prompts: list[list[int]], tokens: int) -> Sampled:
     """One response of `tokens` tokens to each prompt."""
     from vllm import SamplingParams
+    from vllm.platforms import current_platform
 
+    clock = time.process_time if current_platform.is_cpu() else time.perf_counter
     sampling = [
         SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0, seed=seed)
         for seed in range(len(prompts))
     ]
     given: Any = [{"prompt_token_ids": ids} for ids in prompts]
     engine._llm.reset_prefix_cache()
-    start = time.perf_counter()
+    start = clock()
     outputs = engine._llm.generate(given, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     if outputs[0].outputs[0].routed_experts is not None:
         refuse_dead_capture([trace_of(engine, output) for output in outputs])
-    return Sampled([list(one.outputs[0].token_ids) for one in outputs], seconds, time.perf_counter() - start)
+    return Sampled([list(one.outputs[0].token_ids) for one in outputs], seconds, clock() - start)
 
 
 def trace_of(engine: Sampler, output: Any) -> RoutingTrace:
