@@ -9,16 +9,14 @@ quartiles. One way is the model without moe-replay once more: what its ratio dif
 processor's on a CPU, which other processes hardly touch, and the clock's elsewhere. A step is told its routes, runs
 forward and backward, and hands over what was recorded, as in training; the optimizer's part, which none of this
 touches, is left out. The routes replayed are the model's own, so that the experts' load is the same. `prediction` is a
-forward and backward under predicted gates, which a run does without a backward. The last column is measured otherwise,
-in steps of their own: seconds inside our own code, over those of a step without moe-replay.
+forward and backward under predicted gates, which a run does without a backward. The last column is taken by the clock
+in the same steps: seconds inside our own code, the median, over those of a step without moe-replay.
 """
 
 import argparse
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pkgutil import resolve_name
 from typing import NamedTuple
 
 import clocks
@@ -30,8 +28,6 @@ from moe_replay.routing.routers import Routers
 
 SEQUENCE, VOCABULARY = 512, 512
 WATCHED = 512
-INSIDE = 5
-"""Steps of each way in which the time inside our code is taken."""
 OURS = {
     "moe_replay.routing.routers:Routers": (
         *("replay", "predict", "watch", "compare"),
@@ -56,9 +52,9 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "small": Shape(8, 256, 128, 64, 8, 4096),
-    "medium": Shape(4, 1024, 512, 64, 8, 2048),
-    "olmoe": Shape(1, 2048, 1024, 64, 8, 2048),  # one layer of OLMoE-1B-7B
-    "qwen3-30b": Shape(1, 2048, 768, 128, 8, 2048),  # one layer of Qwen3-30B-A3B
+    "medium": Shape(2, 1024, 512, 64, 8, 2048),
+    "olmoe": Shape(1, 2048, 1024, 64, 8, 1024),  # one layer of OLMoE-1B-7B
+    "qwen3-30b": Shape(1, 2048, 768, 128, 8, 1024),  # one layer of Qwen3-30B-A3B
 }
 
 Way = Callable[[Routers], None]
@@ -72,6 +68,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     asked = parser.parse_args()
+    clocks.watch(None, None, {f"{owner}.{name}": "ours" for owner, own in OURS.items() for name in own})
     for name in asked.shape:
         shape = SHAPES[name]
         torch.manual_seed(0)
@@ -79,7 +76,7 @@ def main() -> None:
         tokens_BS = torch.randint(VOCABULARY, (shape.tokens // SEQUENCE, SEQUENCE), device=asked.device)
         ways = ways_to_run(shape, own_routes(model, tokens_BS))
         print(f"\n{name}: {shape}, {asked.dtype}, {asked.device}")
-        report(measure(model, tokens_BS, ways, asked.rounds), inside(model, tokens_BS, ways))
+        report(measure(model, tokens_BS, ways, asked.rounds))
         del model
 
 
@@ -150,16 +147,18 @@ def ways_to_run(shape: Shape, ids_RLK: torch.Tensor) -> dict[str, tuple[Way, ...
 
 def measure(
     model: torch.nn.Module, tokens_BS: torch.Tensor, ways: dict[str, tuple[Way, ...] | None], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of a step by way, one a round."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of a step, and of them inside our code, by way, once a round."""
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     names = list(ways)
     for number in range(rounds + 1):
         for name in names[number % len(names) :] + names[: number % len(names)]:
+            clocks.take(None, None)
             taken = run(model, tokens_BS, ways[name])
+            ours = sum(seconds for _, _, seconds in clocks.take(None, None))
             if number:  # the first round warms up
-                seconds[name].append(taken)
-    return seconds
+                measured[name].append((taken, ours))
+    return measured
 
 
 def run(model: torch.nn.Module, tokens_BS: torch.Tensor, told: tuple[Way, ...] | None) -> float:
@@ -196,45 +195,16 @@ def step(
     return clock() - start
 
 
-def inside(
-    model: torch.nn.Module, tokens_BS: torch.Tensor, ways: dict[str, tuple[Way, ...] | None]
-) -> dict[str, float]:
-    """Seconds inside our code in a step by way, the median of some; on a GPU without what it does meanwhile."""
-    found: dict[str, float] = {}
-    with watched():
-        for name, told in ways.items():
-            taken = []
-            for _ in range(INSIDE if told is not None else 0):
-                clocks.take(None, None)
-                run(model, tokens_BS, told)
-                taken.append(sum(seconds for _, _, seconds in clocks.take(None, None)))
-            if taken:
-                found[name] = float(np.median(taken))
-    return found
-
-
-@contextmanager
-def watched() -> Iterator[None]:
-    """Routers that are made within the block keep the time spent in our code."""
-    named = [(resolve_name(owner), name) for owner, own in OURS.items() for name in own]
-    before = [(owner, name, inspect.getattr_static(owner, name)) for owner, name in named]
-    clocks.watch(None, None, {f"{owner}.{name}": "ours" for owner, own in OURS.items() for name in own})
-    try:
-        yield
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
-
-
-def report(seconds: dict[str, list[float]], ours: dict[str, float]) -> None:
+def report(measured: dict[str, list[tuple[float, float]]]) -> None:
     """Print one line a way."""
-    base = np.array(seconds["without moe-replay"])
+    base = np.array(measured["without moe-replay"])[:, 0]
     print(f"{'':28} {'median s':>9} {'min s':>8} {'ratio':>7} {'':7} {'inside ours':>12}")
-    for name, taken in seconds.items():
-        low, middle, high = np.percentile(np.array(taken) / base, [25, 50, 75])
-        times = f"{np.median(taken):9.3f} {min(taken):8.3f}"
-        own = f"{ours[name] / np.median(base):11.3%}" if name in ours else ""
-        print(f"{name:28} {times} {middle:7.3f} ± {(high - low) / 2:.3f} {own:>12}", flush=True)
+    for name, pairs in measured.items():
+        taken, ours = np.array(pairs).T
+        low, middle, high = np.percentile(taken / base, [25, 50, 75])
+        own = f"{np.median(ours) / np.median(base):.2%}" if ours.any() else ""
+        spread = f"{middle:7.3f} ± {(high - low) / 2:.3f}"
+        print(f"{name:28} {np.median(taken):9.3f} {taken.min():8.3f} {spread} {own:>12}", flush=True)
 
 
 def _wait(like: torch.Tensor) -> None:
