@@ -59,6 +59,7 @@ $(READY): pyproject.toml infra/constraints.txt infra/overrides.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --python $(BIN)/python $(WHEELS) --compile-bytecode \
 		--constraints infra/constraints.txt --overrides infra/overrides.txt --editable ".[cpu,dev]"
+	$(BIN)/python -m compileall -q moe_replay tasks flows infra
 	@touch $@
 
 clean:

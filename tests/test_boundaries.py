@@ -35,6 +35,10 @@ def test_config_routes_archive_and_command_line_load_no_engine_and_no_service(mo
     assert not loaded_by(modules) & (ENGINES | SERVICES)
 
 
+def test_the_command_line_starts_without_what_only_some_commands_need():
+    assert not loaded_by(["moe_replay.cli"]) & (ENGINES | SERVICES | {"numpy", "zarr", "pyarrow", "fsspec"})
+
+
 def test_flows_and_tasks_load_without_any_engine():
     modules = [name for name in map(module_name, CODE) if name.split(".")[0] in ("flows", "tasks")]
     assert "flows.train" in modules

@@ -6,17 +6,20 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3fs import S3FileSystem
 
 from moe_replay import tiny
+from moe_replay.archive import storage_retries
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.lease import holding
+from moe_replay.cli import main
 from moe_replay.config_reading import load_config
 from moe_replay.data import addition
 from moe_replay.data.prompts import PromptTable
@@ -28,6 +31,7 @@ from moe_replay.stages.run import Run
 from moe_replay.stages.samples import Sample, write_samples
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Refused = Callable[..., str]
 KEY, SECRET = "MARKERKEYID", "marker-secret-access-key"
 
 
@@ -50,21 +54,44 @@ def command(tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def refused(command: Command, tmp_path: Path) -> Callable[..., str]:
+def refused_apart(command: Command, tmp_path: Path) -> Refused:
     """Runs a command that has to be refused at once, having started and written nothing; returns the message."""
 
     def run(*words: object, code: int = 2, **environment: str) -> str:
         done = command(*words, **environment)
-        assert done.returncode == code, done.stderr
-        assert done.stdout == ""
-        assert "Traceback" not in done.stderr
         assert "Warning" not in done.stderr
-        assert done.stderr.lower().count("error") >= 1
-        made = [path for path in (tmp_path / "home").rglob("*") if path != tmp_path / "home" / "runs"]
-        assert made == []
-        return done.stderr
+        return message_of(done.returncode, done.stdout, done.stderr, code, tmp_path)
 
     return run
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """As `refused_apart`, in this process."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*words: object, code: int = 2, **environment: str) -> str:
+        with monkeypatch.context() as patch:
+            for name, value in {"MOE_REPLAY_HOME": str(tmp_path / "home"), **environment}.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["moe-replay", *map(str, words)])
+            with pytest.raises(SystemExit) as left:
+                main()
+        return message_of(left.value.code, *capfd.readouterr(), code, tmp_path)
+
+    return run
+
+
+def message_of(exit_code: object, out: str, told: str, code: int, folder: Path) -> str:
+    """What a command told that was refused with `code`."""
+    assert exit_code == code, told
+    assert out == ""
+    assert "Traceback" not in told
+    assert told.lower().count("error") >= 1
+    made = [path for path in (folder / "home").rglob("*") if path != folder / "home" / "runs"]
+    assert made == []
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +156,6 @@ def test_help_of_every_command(command, words):
         (["--set", "training.learning_rate=fast"], "training.learning_rate: Input should be a valid number"),
         (["--iterations", "0"], "iterations: Input should be greater than 0"),
         (["--set", "model.path=/no/such/model"], "model.path /no/such/model does not exist"),
-        (["--set", "model.path=no-such-owner/model"], "could not be fetched from the hub"),
         (["--set", "data.train=no-such.parquet"], "there is no Parquet file at no-such.parquet"),
         (["no-such.toml"], "the config no-such.toml can't be read (No such file or directory)"),
         (["--run-id", "../elsewhere"], "run id '../elsewhere' is not usable"),
@@ -142,6 +168,19 @@ def test_a_run_that_cant_be_is_refused_before_anything_starts(refused, words, to
     message = refused("run", *words)
     assert told in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "--method", "r9"], "unknown method 'r9'"),
+        (["run", "--set", "model.path=no-such-owner/model"], "could not be fetched from the hub"),
+        (["ran"], "Unknown command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_refusal_in_a_process_of_its_own_is_a_message_and_an_exit_code(refused_apart, words, told):
+    assert told in refused_apart(*words)
 
 
 def test_every_wrong_key_of_a_config_is_told(refused, tmp_path):
@@ -202,13 +241,17 @@ def s3_environment(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(
-    "words",
-    # Each waits for as long as storage is given to come back.
-    [["run"], pytest.param(["archive", "verify", "run-1", "--json"], marks=pytest.mark.slow)],
-    ids=" ".join,
-)
-def test_storage_that_does_not_answer_is_told_without_credentials(refused, tmp_path, words):
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Storage gets little time to come back, and its clients read the environment of the test alone."""
+    monkeypatch.setattr(storage_retries, "LONGEST_FIRST_WAIT", 0.05)
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("words", [["run"], ["archive", "verify", "run-1", "--json"]], ids=" ".join)
+def test_storage_that_does_not_answer_is_told_without_credentials(refused, impatient, tmp_path, words):
     secrets = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": SECRET}
     message = refused(*words, "--root", "s3://bucket/runs", code=1, **s3_environment(tmp_path), **secrets)
     assert "try again once the storage answers" in message
@@ -216,10 +259,10 @@ def test_storage_that_does_not_answer_is_told_without_credentials(refused, tmp_p
     assert SECRET not in message
 
 
-def test_missing_credentials_are_told(refused, tmp_path, monkeypatch):
+def test_missing_credentials_are_told(refused_apart, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
-    message = refused("run", "--root", "s3://bucket/runs", **s3_environment(tmp_path))
+    message = refused_apart("run", "--root", "s3://bucket/runs", **s3_environment(tmp_path))
     assert "no credentials were found: set AWS_ACCESS_KEY_ID" in message
 
 

@@ -322,7 +322,7 @@ def test_what_a_stage_makes_does_not_depend_on_where_how_long_or_how_it_is_track
         ({"storage.chunk_tokens": 64}, {"routes"}),
         ({"rollout.temperature": 0.7}, {"rollout", "training", "evaluation"}),
     ],
-    ids=str,
+    ids=lambda value: str(value if isinstance(value, dict) else sorted(value)),
 )
 def test_a_setting_changes_the_digest_of_the_stages_that_use_it(change, stages):
     changed = load_config(None, change)

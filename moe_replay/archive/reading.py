@@ -6,13 +6,16 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_replay.archive.commits import ArtifactRef, Commit, StoredObject, sha256_hex
 from moe_replay.archive.layout import COMMIT_FILE
 from moe_replay.archive.placement import Expiry, Placement
 from moe_replay.archive.storage import Storage
-from moe_replay.archive.zarr_stores import VerifyingStore
 from moe_replay.errors import ArchiveCorrupt, ConfigError
+
+if TYPE_CHECKING:
+    from moe_replay.archive.zarr_stores import VerifyingStore
 
 _PARALLEL_OBJECTS = 8
 
@@ -92,11 +95,13 @@ class Artifact:
             data = None
         return expected.checked(self._storage.name, data)
 
-    def zarr_store(self, subpath: str) -> VerifyingStore:
+    def zarr_store(self, subpath: str) -> "VerifyingStore":
         """A read-only zarr store over the objects below `subpath` that checks every object it reads.
 
         Raises ConfigError when retention removed any of them.
         """
+        from moe_replay.archive.zarr_stores import VerifyingStore
+
         self._require_kept([stored for stored in self.commit.objects if stored.path.startswith(f"{subpath}/")])
         store = self._storage.zarr_store(subpath).with_read_only(True)
         return VerifyingStore(store, subpath, self._manifest, self._storage.name)

@@ -14,17 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.mapping import FSMap
 from fsspec.spec import AbstractFileSystem
-from zarr.storage import FsspecStore
 
 from moe_replay.archive.storage_errors import redacted, s3_code, storage_errors
-from moe_replay.archive.storage_retries import PatientStore, patiently
+from moe_replay.archive.storage_retries import patiently
 from moe_replay.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zarr.storage import FsspecStore
 
 __all__ = ["Storage", "file_aside", "redacted", "storage_errors"]
 
@@ -175,8 +177,10 @@ class Storage:
         with ThreadPoolExecutor(_PARALLEL_REMOVALS) as pool:
             list(pool.map(self.remove, paths))
 
-    def zarr_store(self, folder: str) -> FsspecStore:
+    def zarr_store(self, folder: str) -> "FsspecStore":
         """A zarr store over one folder below this one, reading and writing without any check."""
+        from moe_replay.archive.zarr_stores import PatientStore
+
         fs = self._fs
         if self._is_s3:
             options = {**fs.storage_options, **self._in_one_request, "asynchronous": True}

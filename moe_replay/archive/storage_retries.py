@@ -11,11 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
-from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import FsspecStore
-
-from moe_replay.archive.storage_errors import may_pass, storage_errors
+from moe_replay.archive.storage_errors import may_pass
 
 RETRIES = 5
 LONGEST_FIRST_WAIT = 1.0
@@ -49,25 +45,6 @@ async def patiently_awaited(call: Callable[..., Awaitable[T]], *args: Any, **kwa
             _tell(error, wait)
         await asyncio.sleep(wait)
     return await call(*args, **kwargs)
-
-
-class PatientStore(FsspecStore):
-    """An FsspecStore that reads and writes patiently, and raises what `storage_errors` raises."""
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """The object or a range of it, None when there is none."""
-        with storage_errors(f"reading {self.path}/{key}"):
-            return await patiently_awaited(super().get, key, prototype, byte_range)
-
-    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
-        """Write one object."""
-        with storage_errors(f"writing {self.path}/{key} ({len(value):,} bytes)", creating=True):
-            await patiently_awaited(super().set, key, value, byte_range)
-
-    async def delete(self, key: str) -> None:
-        """Remove one object; nothing happens when there is none."""
-        with storage_errors(f"removing {self.path}/{key}"):
-            await patiently_awaited(super().delete, key)
 
 
 def _waits() -> Iterator[float]:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_replay.archive.commits import (
     FORMAT_VERSION,
@@ -30,8 +31,10 @@ from moe_replay.archive.commits import (
 from moe_replay.archive.layout import ATTEMPT_FILE, COMMIT_FILE, TIMING_FILE, attempt_folder, check_object_path
 from moe_replay.archive.placement import Placement
 from moe_replay.archive.storage import Storage, storage_errors
-from moe_replay.archive.zarr_stores import HashingStore
 from moe_replay.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moe_replay.archive.zarr_stores import HashingStore
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,10 @@ class StageWriter:
         self._storage.upload(local, path)
         self._written[path] = StoredObject(path=path, size=size, sha256=sha256)
 
-    def zarr_store(self, subpath: str) -> HashingStore:
+    def zarr_store(self, subpath: str) -> "HashingStore":
         """A zarr store below `subpath` that notes every object in the manifest as it is written."""
+        from moe_replay.archive.zarr_stores import HashingStore
+
         return HashingStore(self._storage.zarr_store(check_object_path(subpath)), subpath, self._written)
 
     def commit(

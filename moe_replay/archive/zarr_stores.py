@@ -1,4 +1,4 @@
-"""zarr stores that keep the manifest: one hashes every object as it is written, one checks every read."""
+"""zarr stores: one is patient with remote storage, one hashes every object as it is written, one checks every read."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
@@ -9,13 +9,33 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, WrapperStore
 
 from moe_replay.archive.commits import StoredObject, sha256_hex
-from moe_replay.archive.storage import storage_errors
+from moe_replay.archive.storage_errors import storage_errors
+from moe_replay.archive.storage_retries import patiently_awaited
 
 if TYPE_CHECKING:
     from typing import Self
 
 Key = str
 """A zarr key, e.g. `ids/c/0/3/0`; the object path is `<prefix>/<key>`."""
+
+
+class PatientStore(FsspecStore):
+    """An FsspecStore that reads and writes patiently, and raises what `storage_errors` raises."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The object or a range of it, None when there is none."""
+        with storage_errors(f"reading {self.path}/{key}"):
+            return await patiently_awaited(super().get, key, prototype, byte_range)
+
+    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
+        """Write one object."""
+        with storage_errors(f"writing {self.path}/{key} ({len(value):,} bytes)", creating=True):
+            await patiently_awaited(super().set, key, value, byte_range)
+
+    async def delete(self, key: str) -> None:
+        """Remove one object; nothing happens when there is none."""
+        with storage_errors(f"removing {self.path}/{key}"):
+            await patiently_awaited(super().delete, key)
 
 
 class HashingStore(WrapperStore[FsspecStore]):

@@ -4,32 +4,29 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App
 from rich.markup import escape
 
-from moe_replay.cli.alerts import install
-from moe_replay.cli.archive import inspect, verify
-from moe_replay.cli.compare import compare
 from moe_replay.cli.console import err
 from moe_replay.cli.console import out as console
-from moe_replay.cli.counterfactual import counterfactual
-from moe_replay.cli.dashboard import dashboard
-from moe_replay.cli.diff import diff
-from moe_replay.cli.evaluate import evaluate
-from moe_replay.cli.exchange import export, import_
-from moe_replay.cli.fork import fork
-from moe_replay.cli.gc import gc
-from moe_replay.cli.load import load
-from moe_replay.cli.plan import plan
-from moe_replay.cli.predictor import fit, report
-from moe_replay.cli.status import status
-from moe_replay.cli.training import resume, run
 from moe_replay.environment import make_home, set_defaults
 from moe_replay.errors import ConfigError, ReplayError, StabilityAlarm
 from moe_replay.servers import MLFLOW_PORT, PREFECT_PORT, serve
 
-app = App(
+
+class Commands(App):
+    """Commands that are imported when they are called; those of a group all when its help is asked for."""
+
+    def help_print(self, tokens: Any = None, **options: Any) -> None:
+        """Print the help of what the tokens name."""
+        named = self.parse_commands(tokens)[1][-1]
+        named.resolved_commands()
+        super().help_print(tokens, **options)
+
+
+app = Commands(
     name="moe-replay",
     help="Reinforcement learning for Mixture-of-Experts models with routing replay.",
     suppress_keyboard_interrupt=False,  # `main` ends what an interrupt leaves
@@ -38,36 +35,38 @@ archive = App(name="archive", help="Look into routing archives, compare and exch
 predictor = App(name="predictor", help="Fit evolution predictors again from what a run stored; show what they gain.")
 alerts = App(name="alerts", help="Have Prefect tell of runs that fail, crash, stall or become unstable.")
 data = App(name="data", help="Make prompt files in verl's schema.")
-app.command(run)
-app.command(resume)
-app.command(fork)
-app.command(status)
-app.command(compare)
-app.command(evaluate)
-app.command(counterfactual)
-app.command(dashboard)
-app.command(plan)
 app.command(archive)
-archive.command(inspect)
-archive.command(verify)
-archive.command(diff)
-archive.command(load)
-archive.command(export)
-archive.command(import_, name="import")
-archive.command(gc)
 app.command(predictor)
-predictor.command(fit)
-predictor.command(report)
 app.command(alerts)
-alerts.command(install)
 app.command(data)
+
+# By name, so that a command costs no import of the others.
+for group, module, names in (
+    (app, "training", ("run", "resume")),
+    (app, "fork", ("fork",)),
+    (app, "status", ("status",)),
+    (app, "compare", ("compare",)),
+    (app, "evaluate", ("evaluate",)),
+    (app, "counterfactual", ("counterfactual",)),
+    (app, "dashboard", ("dashboard",)),
+    (app, "plan", ("plan",)),
+    (archive, "archive", ("inspect", "verify")),
+    (archive, "diff", ("diff",)),
+    (archive, "load", ("load",)),
+    (archive, "exchange", ("export", "import_")),
+    (archive, "gc", ("gc",)),
+    (predictor, "predictor", ("fit", "report")),
+    (alerts, "alerts", ("install",)),
+):
+    for name in names:
+        group.command(f"moe_replay.cli.{module}:{name}", name=name.rstrip("_"))
 
 
 def main() -> None:
     """Entry point; exits with 2 for what the user has to change, 3 for a decision to take, 1 for what went wrong."""
     set_defaults()
     try:
-        app()
+        app(sys.argv[1:])
     except ReplayError as error:
         err.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, StabilityAlarm) else 1)

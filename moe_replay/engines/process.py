@@ -4,6 +4,7 @@ verl and vLLM keep global state (process groups, seeds, thread pools) and can ta
 at arm's length an engine is a cache: it can die, be killed or be replaced, and the flow that drives it goes on.
 """
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -156,13 +157,21 @@ def _serve(
             os.killpg(0, signal.SIGKILL)
             return
         if call is _LEAVE:
-            return
+            _leave()
         function, args = call
         try:
             result = resolve_name(function)(engine, lambda *news: connection.send(("progress", news)), *args)
             connection.send(("result", result))
         except Exception as error:
             _answer_error(connection, error)
+
+
+def _leave() -> None:
+    """End cleaned up, but at once: an interpreter that holds torch needs seconds to take itself apart."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _answer_error(connection: Connection, error: BaseException) -> None:

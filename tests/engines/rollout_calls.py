@@ -115,6 +115,10 @@ def in_bfloat16(engine: "RolloutEngine", progress: Progress, model: Path, functi
     return globals()[function](_engine_in_bfloat16(model, engine.config), progress, *args)
 
 
+_kept: list["RolloutEngine"] = []
+"""vLLM's engines of one process share what they would take with them."""
+
+
 @cache
 def _engine_in_bfloat16(model: Path, config: RolloutConfig) -> "RolloutEngine":
     from moe_replay.engines.rollout import RolloutEngine
@@ -122,13 +126,20 @@ def _engine_in_bfloat16(model: Path, config: RolloutConfig) -> "RolloutEngine":
     return RolloutEngine(model, "first", config.model_copy(update={"dtype": "bfloat16", "gate_dtype": "float32"}))
 
 
-def build_silent(model: Path, weights: str, config: RolloutConfig) -> "RolloutEngine":
-    """An engine on a kernel that agrees to report the experts it selects and never does."""
+def generate_silently(
+    engine: "RolloutEngine", progress: Progress, model: Path, requests: Sequence[Request]
+) -> list[Response]:
+    """On another engine of this process, on a kernel that agrees to report the experts it selects and never does."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-    from moe_replay.engines import vllm_plugin
     from moe_replay.engines.rollout import RolloutEngine
 
-    vllm_plugin.register()
-    CPUUnquantizedExperts.set_capture_fn = lambda self, capture_fn: None  # pyright: ignore[reportAttributeAccessIssue]
-    return RolloutEngine(model, weights, config)
+    kernel: Any = CPUUnquantizedExperts
+    set_capture_fn = kernel.set_capture_fn
+    kernel.set_capture_fn = lambda self, capture_fn: None
+    try:
+        silent = RolloutEngine(model, "silent", engine.config)
+    finally:
+        kernel.set_capture_fn = set_capture_fn
+    _kept.append(silent)
+    return silent.generate(requests, 1.0, progress)

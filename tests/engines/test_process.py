@@ -141,6 +141,13 @@ def test_an_engine_class_that_cannot_be_imported_is_raised_by_the_first_call(tmp
         broken.stop()
 
 
+def test_an_engine_that_is_stopped_at_rest_cleans_up(engine, tmp_path):
+    engine.call("process_calls:leave_word", no_progress, tmp_path / "word")
+    engine.stop()
+    assert (tmp_path / "word").read_text() == "cleaned up"
+    assert wait_until_gone(engine.pid)
+
+
 def test_stop_ends_what_the_engine_started(engine):
     child = engine.call("process_calls:start_stubborn_child", no_progress)
     assert not gone(child)

@@ -27,7 +27,6 @@ from training_calls import make_config, random_batch
 
 from moe_replay.config import TrainingConfig
 from moe_replay.data.prompts import PromptTable
-from moe_replay.engines import rollout
 from moe_replay.engines.pool import EnginePool
 from moe_replay.engines.process import EngineProcess, no_progress
 from moe_replay.engines.rollout import Request, Response, shares_of
@@ -424,11 +423,7 @@ def test_routers_that_cannot_be_held_in_float32_are_refused(embedded):
 # Capture that isn't
 
 
-def test_an_engine_whose_kernel_reports_no_routes_is_refused(assets, questions, tmp_path):
-    arguments = (assets.model, "embedded", CONFIG)
-    silent = EngineProcess("rollout_calls:build_silent", arguments, "rollout", tmp_path / "log", rollout.ENVIRONMENT)
-    try:
-        with pytest.raises(RoutingMismatch, match=r"names an expert twice: \[0, 0\]"):
-            generate(silent, questions)
-    finally:
-        silent.stop()
+def test_an_engine_whose_kernel_reports_no_routes_is_refused(embedded, assets, questions):
+    with pytest.raises(RoutingMismatch, match=r"names an expert twice: \[0, 0\]"):
+        embedded.call("rollout_calls:generate_silently", no_progress, assets.model, questions)
+    assert len(generate(embedded, questions)) == len(questions)

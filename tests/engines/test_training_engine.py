@@ -384,5 +384,5 @@ def test_a_pass_that_finds_no_memory_says_with_how_much_and_a_smaller_micro_batc
         trainer.score_in_little_memory(batch, limit)
     assert e.value.transient
     assert e.value.micro_batch_tokens == tokens
-    trainer.open_model(model, make_config({"micro_batch_tokens": 1000}))
+    trainer.open_model(model, make_config({"micro_batch_tokens": 2000}))
     assert len(trainer.score_in_little_memory(batch, limit).log_probs) == 6000

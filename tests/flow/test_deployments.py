@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -41,20 +41,22 @@ def deployments(prefect_api: str, prefect_for_commands: None) -> dict[str, dict[
 
 @contextmanager
 def at_work(log: Path) -> Iterator[psutil.Process]:
-    """A worker of the pool `local` as the documents start it; stopped by its own process id."""
+    """A worker of the pool `local` as the documents start it; ended with all that it started."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"]
     command += ["--limit", "1", "--install-policy", "never"]
     environment = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "5"}
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=REPOSITORY, env=environment)
+    worker = psutil.Process(process.pid)
     try:
-        yield psutil.Process(process.pid)
+        yield worker
     finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        # A worker that is told to end waits for its flow runs.
+        with suppress(psutil.NoSuchProcess):
+            for one in (*worker.children(recursive=True), worker):
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.wait(20)
 
 
 @pytest.fixture(scope="module")
