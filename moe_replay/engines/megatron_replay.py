@@ -1,0 +1,206 @@
+"""Routes for verl's Megatron engine, which replays them by itself, and what its routers tell of a forward pass.
+
+verl's engine takes routes as the field `routed_experts` of a batch, in its mode `R3`; it finds the routers of its
+pipeline stage, deals out their layers and rows, and leaves the last row of each sequence to them, whose log-prob nobody
+asks for. Other rows it cannot leave out. What it does not keep is what predictors are fitted from and replay is judged
+by: hidden states, logits and the live choice. `MegatronRouters` reads them off the routers, with the checks of
+`moe_replay.routing.observation`.
+
+No run is trained by this yet; docs/distributed.md says what was tried. Needs the extra `megatron`.
+
+Shapes: T tokens of a sequence, R rows that reach a router of this rank in one forward, S of them watched, L MoE layers,
+K experts per token, E experts, H hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_replay.errors import ConfigError, RoutingMismatch
+from moe_replay.methods import Method
+from moe_replay.routing.observation import Observer, RouterFeatures, require_no_strays, strays
+from moe_replay.routing.row_routes import RowRoutes
+from moe_replay.routing.selection import LogitCall, in_backward
+from moe_replay.routing.trace import RoutingTrace
+
+
+def replay_mode(method: Method) -> str:
+    """`router_replay.mode` of verl's engine: `R3` for given routes, whichever pass they are of."""
+    return "disabled" if method.route_source == "none" else "R3"
+
+
+def engine_fields(traces: Sequence[RoutingTrace], config: Any) -> dict[str, Tensor]:
+    """The fields by which verl's Megatron engine replays these routes, one trace a sequence.
+
+    `routed_experts` is nested by sequence, int32 [T, L, K], or [T - 1, L, K] where the last row is missing. Its layers
+    are the MoE layers alone: a row for a dense layer would have to be made up.
+
+    Args:
+        traces: routes of all MoE layers of the model, whatever the pipeline stage.
+        config: Megatron-Core's `TransformerConfig` of the model.
+
+    Raises:
+        RoutingMismatch: routes of another model, or with a row missing before the last, which verl would replay as if
+            every layer had sent the token to expert 0.
+    """
+    layers = moe_layers(config)
+    rows = []
+    for number, trace in enumerate(traces):
+        trace.require_model(config.num_moe_experts, config.moe_router_topk, layers, f"the trace of sequence {number}")
+        given = int(trace.valid_T.sum())
+        if given < trace.num_tokens - 1 or not trace.valid_T[:given].all():
+            raise RoutingMismatch(
+                f"verl's Megatron engine replays every row of a sequence but the last, and sequence {number} has "
+                f"routes of {given} of its {trace.num_tokens} rows: sample it again whole, or train it with the FSDP2 "
+                "engine, which routes such rows live"
+            )
+        rows.append(torch.from_numpy(trace.ids_TLK[:given].astype("int32")))
+    return {"routed_experts": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}
+
+
+def moe_layers(config: Any, pp_rank: int | None = None, vp_stage: int | None = None) -> tuple[int, ...]:
+    """Decoder layer index of each MoE layer, ascending: of the model, or of a pipeline rank's (virtual) stage."""
+    from verl.utils.megatron.router_replay_utils import get_num_layers_to_build, is_moe_layer
+
+    layers = range(config.num_layers)
+    if pp_rank is not None:
+        from megatron.core.transformer.transformer_layer import (  # pyright: ignore[reportMissingImports]
+            get_transformer_layer_offset,
+        )
+
+        start = get_transformer_layer_offset(config, vp_stage, pp_rank)
+        layers = range(start, start + get_num_layers_to_build(config, vp_stage, pp_rank))
+    return tuple(layer for layer in layers if is_moe_layer(config, layer))
+
+
+class MegatronRouters:
+    """Watches the routers of a Megatron model, or of the chunks that a pipeline rank holds; replay stays verl's.
+
+    What it tells is of the last forward of this rank and of its own rows: with pipeline stages of their layers, with
+    tensor, sequence or context parallelism of their shares of the packed tokens. Recompute in backward is not watched.
+
+    Raises ConfigError for a model without routers that can be replayed.
+    """
+
+    layers: tuple[int, ...]
+    """Decoder layer index of each MoE layer that is here, ascending; length L."""
+
+    def __init__(self, chunks: Sequence[nn.Module]):
+        self._routers = dict(sorted(_routers(chunks)))
+        self.layers = tuple(self._routers)
+        if not self._routers or any(router.router_replay is None for router in self._routers.values()):
+            raise ConfigError(
+                f"routers are watched where they can be replayed, and of {len(self._routers)} here some can't or there "
+                f"are none: build the model after verl's apply_router_replay_patch with moe_enable_routing_replay=True"
+            )
+        self._observer = Observer()
+        self._calls: dict[int, LogitCall] = {}
+        self._live: dict[int, Tensor] = {}
+        self._strays: dict[int, tuple[Tensor, int]] = {}
+        self._handles = [chunk.register_forward_pre_hook(self._begin_forward) for chunk in chunks]
+        for layer, router in self._routers.items():
+            router.gating = self._watched_gating(layer, router.gating)
+            router.router_replay.get_replay_topk = self._watched_choice(layer, router.router_replay.get_replay_topk)
+
+    def remove(self) -> None:
+        """Leave the routers as they were."""
+        for handle in self._handles:
+            handle.remove()
+        for router in self._routers.values():
+            del router.gating, router.router_replay.get_replay_topk
+        self._routers = {}
+
+    def watch(self, rows_S: Tensor) -> None:
+        """Keep the features of these rows, int64 [S], in each forward that follows, until `forget`."""
+        self._observer.watch(rows_S)
+
+    def compare(self, ids_RLK: Tensor, present_R: Tensor) -> None:
+        """Measure the coverage gap of these routes of the layers here in each forward that follows, until `forget`.
+
+        Raises RoutingMismatch if shapes, id range or distinctness within a row do not fit the model.
+        """
+        router = next(iter(self._routers.values()))
+        self._observer.reference = RowRoutes(ids_RLK, present_R, router.num_experts, router.topk, self.layers)
+
+    def forget(self) -> None:
+        """Keep nothing but choices in the forward passes that follow."""
+        self._observer = Observer()
+
+    @property
+    def live_RLK(self) -> Tensor:  # noqa: N802  (shape-suffixed)
+        """The routers' own choice in the last forward, also under replay. -> int64 [R, L, K].
+
+        Raises RoutingMismatch if a layer has not fired: fused routers choose out of reach.
+        """
+        self._require_whole()
+        return torch.stack([self._live[layer] for layer in self.layers], dim=1)
+
+    @property
+    def features(self) -> RouterFeatures:
+        """What the routers got and gave in the last forward for the rows watched.
+
+        Raises RoutingMismatch without any, ConfigError where a choice was not that of the K largest logits.
+        """
+        self._require_whole()
+        require_no_strays(self._strays)
+        return self._observer.features(self.layers)
+
+    @property
+    def coverage_gap_RL(self) -> Tensor:  # noqa: N802  (shape-suffixed)
+        """1 - Σ softmax(p) over the routes compared, in the last forward; NaN in rows without. -> float32 [R, L]."""
+        self._require_whole()
+        return self._observer.coverage_gap_RL(self.layers)
+
+    def _require_whole(self) -> None:
+        silent = [layer for layer in self.layers if layer not in self._live]
+        if silent:
+            raise RoutingMismatch(
+                f"what routers did is told after a whole forward, but those of decoder layers {silent} have not chosen "
+                "within reach: run the model first, with moe_router_fusion=False"
+            )
+
+    def _begin_forward(self, chunk: nn.Module, _args: Any) -> None:
+        if not in_backward():
+            for layer, _ in _routers([chunk]):
+                self._live.pop(layer, None)
+
+    def _watched_gating(self, layer: int, gating: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watched(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            logits = gating(hidden, *args, **kwargs)
+            if not in_backward():
+                self._calls[layer] = LogitCall(hidden.detach().flatten(0, -2), logits.detach().flatten(0, -2))
+            return logits
+
+        return watched
+
+    def _watched_choice(self, layer: int, choose: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(
+            scores: Tensor, topk: int, num_groups: Any = None, group_topk: Any = None, default_compute_topk: Any = None
+        ) -> Any:
+            if not in_backward():
+                own = scores.detach()
+                self._see(layer, own, default_compute_topk(own, topk, num_groups=num_groups, group_topk=group_topk)[1])
+            return choose(scores, topk, num_groups, group_topk, default_compute_topk)
+
+        return watched
+
+    def _see(self, layer: int, scores_RE: Tensor, live_RK: Tensor) -> None:
+        call = self._calls[layer]
+        self._live[layer] = live_RK
+        self._observer.see(layer, scores_RE, call)
+        if (rows_S := self._observer.rows_S) is not None:
+            rows_S = rows_S.to(scores_RE.device)
+            self._strays[layer] = strays(call.logits_RE[rows_S], scores_RE[rows_S], live_RK[rows_S]).sum(), len(rows_S)
+
+
+def _routers(chunks: Sequence[nn.Module]) -> Iterator[tuple[int, Any]]:
+    """(Decoder layer, router) of all routers but those of multi-token prediction, which count their layers anew."""
+    from megatron.core.transformer.moe.router import TopKRouter  # pyright: ignore[reportMissingImports]
+
+    for chunk in chunks:
+        modules: Any = getattr(chunk, "decoder", chunk).modules()
+        for module in modules:
+            if isinstance(module, TopKRouter):
+                yield module.layer_number - 1, module
