@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 # A folder of wheels to look in first, as pip's own variable names it; without one, uv picks PyTorch's CPU build.
 WHEELS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
 
-.PHONY: demo test test-slow test-kills test-browser check install format ui up ps down clean
+.PHONY: demo test test-slow test-kills test-browser test-megatron check install format ui up ps down clean
 
 demo: $(READY)
 	$(BIN)/moe-replay run
@@ -21,6 +21,13 @@ test-slow: $(READY)
 # Needs chromium and chromedriver (Debian and Ubuntu: packages chromium, chromium-driver). SCREENSHOTS=folder keeps them.
 test-browser: $(READY)
 	$(BIN)/python -m pytest tests/browser -m browser
+
+# Megatron-Core in a folder of its own: installed beside verl, it makes each import of verl some 2 s longer.
+MEGATRON := $(VENV)/megatron
+test-megatron: $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(MEGATRON) --no-deps \
+		--constraints infra/constraints.txt megatron-core
+	PYTHONPATH=$(MEGATRON) $(BIN)/python -m pytest tests/engines/test_megatron_replay.py
 
 # Seconds to a minute a kill; KILLS=100 is the long version.
 KILLS ?= 30
