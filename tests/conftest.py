@@ -21,6 +21,8 @@ _home = tempfile.TemporaryDirectory(prefix="moe-replay-home-", ignore_cleanup_er
 os.environ["MOE_REPLAY_HOME"] = _home.name
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("MOE_REPLAY_ROOT", None)
+# Engines, servers and tests share few cores: threads that wait by spinning keep the others from their work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 set_defaults()
 
 
