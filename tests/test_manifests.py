@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_replay.config_reading import load_config
+
 REPOSITORY = Path(__file__).parents[1]
 INFRA = REPOSITORY / "infra"
 KUBERNETES = INFRA / "kubernetes"
@@ -20,7 +22,7 @@ CONSTRAINTS = dict(
     line.split("==") for line in (INFRA / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
 )
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-APART = {"train-job.yaml", "ray/raycluster.yaml"}
+APART = {"train-job.yaml", "ray/network-policy.yaml", "ray/raycluster.yaml", "ray/train-job.yaml"}
 
 
 def test_compose_asks_for_the_variables_that_its_example_lists() -> None:
@@ -105,11 +107,11 @@ def test_kustomization_holds_every_manifest_but_those_set_apart() -> None:
     files = {str(path.relative_to(KUBERNETES)) for path in KUBERNETES.rglob("*.yaml")}
 
     assert set(kustomization()["resources"]) == files - APART - {"kustomization.yaml"}
-    assert "NOT USED YET" in (KUBERNETES / "ray" / "raycluster.yaml").read_text()
 
 
 def test_manifests_refer_to_secrets_maps_claims_and_accounts_that_exist() -> None:
     secrets = {f"moe-replay-{name}": variables(KUBERNETES / f"{name}.env.example") for name in ("servers", "clients")}
+    secrets["moe-replay"] = {"auth_token"}  # made by KubeRay, named like its cluster
     named = {kind: {d["metadata"]["name"]: d for d in manifests() if d["kind"] == kind} for kind in kinds()}
     references = [*(pair for document in manifests() for pair in walk(document)), *walk(filled(pool("kubernetes")))]
     for key, value in references:
@@ -125,7 +127,7 @@ def test_manifests_refer_to_secrets_maps_claims_and_accounts_that_exist() -> Non
             assert value in named["PersistentVolumeClaim"]
         elif key == "serviceAccountName":
             assert value in named["ServiceAccount"]
-    assert {"moe-replay-servers", "moe-replay-clients"} == {
+    assert set(secrets) == {
         value["name"] for key, value in references if key in ("secretKeyRef", "secretRef")
     }
 
@@ -133,7 +135,7 @@ def test_manifests_refer_to_secrets_maps_claims_and_accounts_that_exist() -> Non
 def test_no_flow_run_is_given_the_secrets_of_the_servers() -> None:
     runners = [*(document for document in manifests() if document["kind"] in ("Job", "RayCluster")), pool("kubernetes")]
 
-    assert len(runners) == 4
+    assert len(runners) == 5
     assert "moe-replay-servers" not in json.dumps(runners)
 
 
@@ -143,7 +145,7 @@ def test_every_container_keeps_to_the_namespaces_pod_security() -> None:
     ]
     pods.append(filled(pool("kubernetes"))["job_configuration"]["job_manifest"]["spec"]["template"]["spec"])
 
-    assert len(pods) == 9
+    assert len(pods) == 10
     for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -175,11 +177,26 @@ def test_work_pool_templates_use_every_variable_that_they_declare(name: str) -> 
     assert used == set(template["variables"]["properties"])
 
 
-def test_a_flow_run_gets_no_more_gpus_than_training_can_use() -> None:
-    assert pool("kubernetes")["variables"]["properties"]["gpus"]["maximum"] == 1
-    limits = [d for d in manifests() if d["kind"] == "Job" and "nvidia.com/gpu" in json.dumps(d)]
-    [container] = limits[0]["spec"]["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+def test_a_run_that_joins_the_ray_cluster_finds_it_and_has_gpus_enough_there() -> None:
+    [cluster] = [document for document in manifests() if document["kind"] == "RayCluster"]
+    [job] = [d for d in manifests() if d["kind"] == "Job" and "RAY_ADDRESS" in json.dumps(d)]
+    pod = job["spec"]["template"]
+    [container] = pod["spec"]["containers"]
+    environment = {one["name"]: one for one in container["env"]}
+    assert environment["RAY_ADDRESS"]["value"] == f"{cluster['metadata']['name']}-head-svc:6379"
+    assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == cluster["metadata"]["name"]
+    assert cluster["spec"]["authOptions"] == {"mode": environment["RAY_AUTH_MODE"]["value"]}
+    [workers] = cluster["spec"]["workerGroupSpecs"]
+    [policy] = [d["spec"] for d in manifests() if d["kind"] == "NetworkPolicy" and d["metadata"]["name"] == "ray"]
+    for template in (pod, cluster["spec"]["headGroupSpec"]["template"], workers["template"]):
+        assert policy["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    resources = load_config(REPOSITORY / "configs" / "qwen3-30b-a3b.toml").resources
+    of_a_worker = workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    needed = resources.training_world_size + resources.rollout_replicas * resources.rollout_tensor_parallel_size
+    assert workers["replicas"] * of_a_worker == needed
+    for template in (pod, workers["template"]):
+        mounts = [mount for one in template["spec"]["containers"] for mount in one["volumeMounts"]]
+        assert {"name": "home", "mountPath": "/var/lib/moe-replay"} in mounts
 
 
 def variables(example: Path) -> set[str]:
