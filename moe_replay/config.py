@@ -49,7 +49,7 @@ class RolloutConfig(Config):
     """How vLLM samples responses."""
 
     prompts: PositiveInt = 32
-    """Prompts drawn per iteration."""
+    """Prompts trained on per iteration."""
     responses: int = Field(default=8, ge=2)
     """Responses sampled per prompt: the group over which GRPO normalises rewards."""
     max_prompt_tokens: PositiveInt = 32
@@ -72,7 +72,8 @@ class RolloutConfig(Config):
     oversampled_prompts: NonNegativeInt = 0
     """Prompts that partial rollouts have at work beside `prompts`: as many are carried into the next iteration."""
     memory_fraction: float = Field(default=0.5, gt=0, lt=1)
-    """Share of a GPU's memory that vLLM may take; the rest is the trainer's. Has no effect on a CPU."""
+    """Share of a GPU's memory that vLLM may take; the rest is the trainer's, unless they take turns
+    (resources.colocated). Has no effect on a CPU."""
 
     @model_validator(mode="after")
     def _carries_what_is_partial(self) -> "RolloutConfig":
@@ -210,15 +211,6 @@ class EvaluationConfig(Config):
                 raise ValueError(f"benchmark name {name!r} becomes part of a metric key: letters, digits, - and _")
         return benchmarks
 
-    @model_validator(mode="after")
-    def _samples_are_of_benchmarks(self) -> "EvaluationConfig":
-        if unknown := sorted(self.samples_of.keys() - self.benchmarks.keys()):
-            raise ValueError(
-                f"samples_of names {', '.join(unknown)}, which is no benchmark; known are "
-                f"{', '.join(self.benchmarks) or 'none'}"
-            )
-        return self
-
 
 class StorageConfig(Config):
     """Where artifacts live."""
@@ -332,6 +324,15 @@ class RunConfig(Config):
             raise ValueError(
                 "training.attention = 'flash_attention_2' computes in bfloat16, and training.dtype = "
                 f"{self.training.dtype!r}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_of_benchmarks(self) -> "RunConfig":
+        if unknown := sorted(self.evaluation.samples_of.keys() - self.evaluation.benchmarks.keys()):
+            raise ValueError(
+                f"evaluation.samples_of names {', '.join(unknown)}, which is no benchmark; known are "
+                f"{', '.join(self.evaluation.benchmarks) or 'none'}"
             )
         return self
 

@@ -161,6 +161,11 @@ def settings_of(request: EvaluationRequest, training: RunStore | None) -> RunCon
             document[section] |= given.model_dump(exclude_unset=True)
     if request.seed is not None:
         document["seed"] = request.seed
+    # The run's own counts of samples, where the request names other benchmarks.
+    asked = request.evaluation.samples_of if request.evaluation else {}
+    evaluation = document["evaluation"]
+    counted = evaluation["samples_of"].items()
+    evaluation["samples_of"] = {name: n for name, n in counted if name in evaluation["benchmarks"] or name in asked}
     if not document["evaluation"]["benchmarks"]:
         raise ConfigError("evaluation.benchmarks is empty, so there is nothing to score; name one")
     # Nothing is trained, so the training problems need not be on this machine: a benchmark stands in their place.

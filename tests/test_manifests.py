@@ -127,9 +127,7 @@ def test_manifests_refer_to_secrets_maps_claims_and_accounts_that_exist() -> Non
             assert value in named["PersistentVolumeClaim"]
         elif key == "serviceAccountName":
             assert value in named["ServiceAccount"]
-    assert set(secrets) == {
-        value["name"] for key, value in references if key in ("secretKeyRef", "secretRef")
-    }
+    assert set(secrets) == {value["name"] for key, value in references if key in ("secretKeyRef", "secretRef")}
 
 
 def test_no_flow_run_is_given_the_secrets_of_the_servers() -> None:

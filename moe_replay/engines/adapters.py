@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from moe_replay.errors import ConfigError
+from moe_replay.errors import ArchiveCorrupt, ConfigError
 from moe_replay.lora import EXPERTS, LINEAR, LoraConfig
 from moe_replay.routing.discovery import find_routers, router_modules
 from moe_replay.routing.model_shape import empty_model
@@ -84,7 +84,8 @@ def adapted_paths(model: Any, lora: LoraConfig) -> tuple[list[str], list[str]]:
 @contextmanager
 def reproducible_start() -> Iterator[None]:
     """Adapters that are made inside start from the same numbers, whatever the process has drawn before."""
-    with torch.random.fork_rng(devices=[]):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(_SEED)
         yield
 
@@ -105,7 +106,7 @@ def merged_weights(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
     from peft import PeftModel
 
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(model.get_base_model().config)
+        empty = AutoModelForCausalLM.from_config(model.get_base_model().config, trust_remote_code=False)
         whole: Any = PeftModel(empty, deepcopy(model.peft_config[_ADAPTER]))
     whole.load_state_dict(weights, assign=True)
     return whole.merge_and_unload(safe_merge=True).state_dict()  # safe_merge adds to copies
@@ -125,7 +126,7 @@ def read_adapters(folder: Path, model: Any, reads: bool) -> None:
 
     Called on all ranks; the one that `reads` hands each of the others its shard.
 
-    Raises ConfigError when it was trained under other settings.
+    Raises ConfigError when it was trained under other settings, ArchiveCorrupt when tensors are missing.
     """
     file = folder / _SETTINGS_FILE
     was, now = json.loads(file.read_text()) if file.is_file() else None, _settings(model) if is_adapted(model) else None
@@ -138,6 +139,11 @@ def read_adapters(folder: Path, model: Any, reads: bool) -> None:
     if now is None:
         return
     trained: dict[str, Any] = dict(_read(folder)) if reads else {}
+    if reads and (differing := sorted(trained.keys() ^ set(now["trained"]))):
+        raise ArchiveCorrupt(
+            f"{folder} holds {len(trained)} of the {len(now['trained'])} tensors that were trained, and they differ in "
+            f"{', '.join(differing[:8])}: resume from an iteration before"
+        )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, trained, options=options)
 

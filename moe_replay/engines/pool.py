@@ -37,11 +37,10 @@ class EnginePool:
     def start(self) -> None:
         """Begin to build both engines without waiting: each spends its first seconds importing.
 
-        Where the rollout engine gives its memory back between stages, the trainer is built when it is first needed,
-        in the room of that.
+        Where they take turns on the same devices each is built when a stage first needs it: while the other rests.
         """
-        self.rollout()
         if not self._resources.colocated:
+            self.rollout()
             self.training()
 
     def rollout(self) -> EngineProcess:
@@ -57,16 +56,20 @@ class EnginePool:
     def take_smaller_micro_batches(self, failed: OutOfMemory, longest: int) -> int:
         """Have training engines built from now on take half the tokens a forward pass that `failed`; returns them.
 
-        Raises ConfigError where they would not hold the longest sequence that the config allows, of `longest` tokens.
+        Raises ConfigError where they would not hold the longest sequence that the config allows, of `longest` tokens,
+        or a rank's part of it.
         """
         now = failed.micro_batch_tokens or self._training_config.micro_batch_tokens
-        if now <= longest:
+        sharing = self._resources.training_sequence_parallel_size
+        least = -(-longest // sharing)
+        if now <= least:
             raise ConfigError(
                 f"{failed}; no smaller micro-batch holds a sequence of up to {longest} tokens "
-                "(rollout.max_prompt_tokens + rollout.max_response_tokens): give it more memory, set "
-                "training.recompute = true, or allow shorter sequences"
+                f"(rollout.max_prompt_tokens + rollout.max_response_tokens) on {sharing} rank(s) that share it: give "
+                "it more memory, set training.recompute = true, share sequences among more ranks "
+                "(resources.training_sequence_parallel_size), or allow shorter ones"
             )
-        smaller = max(now // 2, longest)
+        smaller = max(now // 2, least)
         self._training_config = self._training_config.model_copy(update={"micro_batch_tokens": smaller})
         return smaller
 

@@ -45,9 +45,10 @@ class ReplayWorker(TrainingWorker):
         return self.engine.router_shape
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
-    def train_batch(self, data: TensorDict) -> TensorDict:
-        """One optimizer step of all ranks, each on its share of the batch; see `RayRanks` for who answers."""
-        return self._postprocess_output(self.engine.step(data)).cpu()
+    def train_batch(self, data: TensorDict) -> TensorDict | None:
+        """One optimizer step of all ranks, each on its share of the batch; the first that has a share answers."""
+        output = self.engine.step(data)
+        return self._postprocess_output(output).cpu() if self.engine.is_mp_src_rank_with_outputs() else None
 
     def _postprocess_output(self, output: dict[str, Any], **_: Any) -> TensorDict:
         """This rank's part of the output, with the loss and the gradient's norm of all ranks."""

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from moe_replay.errors import ConfigError
 
@@ -28,8 +28,7 @@ class RayCluster:
     def __init__(self, processes: int, key: str, colocated: bool):
         """For so many processes that compute, as the config's `key` asks for.
 
-        Raises ConfigError when there is no cluster at RAY_ADDRESS, or one without a GPU, or CPU, for each of them, and
-        when processes of rollout and training are to be `colocated` in it.
+        Raises ConfigError when there is no cluster at RAY_ADDRESS, and as `device_for`.
         """
         import ray
 
@@ -37,12 +36,6 @@ class RayCluster:
         quiet: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": True}
         address = os.environ.get("RAY_ADDRESS")
         if address:
-            if colocated:
-                raise ConfigError(
-                    f"resources.colocated has rollout and training take turns on GPUs, and the Ray cluster at "
-                    f"RAY_ADDRESS = {address} gives each of them GPUs of its own; set it to false, or unset "
-                    "RAY_ADDRESS to train on this machine alone"
-                )
             _require_answer(address)
             try:
                 ray.init(address=address, **quiet)
@@ -63,7 +56,7 @@ class RayCluster:
                 **quiet,
             )
         atexit.register(self.close)
-        self.device = _device(ray.cluster_resources(), processes, key, address)
+        self.device = device_for(ray.cluster_resources(), processes, key, address, colocated)
         """What they compute on: `GPU` or `CPU`."""
 
     def close(self) -> None:
@@ -96,13 +89,26 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
 
 
-def _device(there: Mapping[str, float], processes: int, key: str, address: str | None) -> str:
+def device_for(
+    there: Mapping[str, float], processes: int, key: str, address: str | None, colocated: bool
+) -> Literal["GPU", "CPU"]:
+    """What so many processes compute on, of the devices that are `there` in the cluster at an address, or in our own.
+
+    Raises ConfigError when there are too few, and when processes of rollout and training are to be `colocated` on GPUs
+    of a cluster that gives each of them its own.
+    """
     device = "GPU" if there.get("GPU") and os.environ.get("VERL_PLATFORM") != "cpu" else "CPU"
     if (number := int(there.get(device, 0))) < processes:
         where = f"the Ray cluster at {address}" if address else "this machine"
         raise ConfigError(
             f"{key} = {processes} takes a {device} for each, and {where} has {number}; lower it, or give a larger "
             "cluster in RAY_ADDRESS"
+        )
+    if colocated and address and device == "GPU":
+        raise ConfigError(
+            "resources.colocated has rollout and training take turns on GPUs, and the Ray cluster at RAY_ADDRESS = "
+            f"{address} gives each of them GPUs of its own; set it to false, or unset RAY_ADDRESS to train on this "
+            "machine alone"
         )
     return device
 

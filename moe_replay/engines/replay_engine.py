@@ -4,7 +4,7 @@ Legend of shapes: B sequences of a micro-batch, R rows that reach the routers of
 P of them sampled, L MoE layers, K experts per token, E experts, H hidden size.
 
 What a pass is to do travels inside the batch, since verl's micro-batching reorders sequences; targets are built from
-the micro-batch itself, in the layout that the model is about to see. All but the last are nested by sequence:
+the micro-batch itself, in the layout that the model is about to see. Tensors are nested by sequence:
 - `routed_experts`, verl's own: routes to replay, [B, tokens, L, K], -1 in rows without a route;
 - `reference_experts`, likewise: routes whose coverage gap is measured, by default those replayed;
 - `sampled_rows`: bool [B, tokens], the tokens whose router features are kept;
@@ -83,6 +83,8 @@ class ReplayEngine(_FSDPEngine):
 
     def release(self) -> None:
         """Let go of model and optimizer, so that others can be built in their room."""
+        self.routers.remove()
+        del self.routers  # which hold the decoder
         self.module = self.optimizer = self.lr_scheduler = self.checkpoint_manager = None
         gc.collect()
 

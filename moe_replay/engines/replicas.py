@@ -59,6 +59,7 @@ class RolloutReplicas:
     def __init__(self, model: Path, weights: str, config: RolloutConfig, resources: ResourcesConfig):
         """Raises ConfigError when Ray can't be reached or has no room for them, else as a single engine."""
         self.config = config
+        self._colocated = resources.colocated
         self._wanted, self._devices = resources.rollout_replicas, resources.rollout_tensor_parallel_size
         self._build = (model, weights, config, resources)
         key = "resources.rollout_replicas" + (" * rollout_tensor_parallel_size" if self._devices > 1 else "")
@@ -74,8 +75,17 @@ class RolloutReplicas:
         return [pid for *_, pid in self._of_all("about")]
 
     def rest(self) -> None:
-        """As `RolloutEngine.rest`, in all replicas."""
-        self._of_all("rest")
+        """As `RolloutEngine.rest`, in all replicas; one that has died rests already."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        if not self._colocated:
+            return
+        for replica, resting in [(one, one.rest.remote()) for one in self._replicas]:
+            try:
+                ray.get(resting)
+            except RayActorError as error:
+                self._lose(replica, error)
 
     def load(self, folder: Path, weights: str, predictor: tuple[Path, str] | None = None) -> None:
         """As `RolloutEngine.load`, in all replicas; those that died are replaced first.

@@ -39,7 +39,7 @@ class Request:
     """Seed of this response's sampler, so that it depends on nothing else in the batch."""
     begun: tuple[int, ...] = ()
     """Token ids of the response so far, where one is gone on with."""
-    most: int | None = None
+    max_new_tokens: int | None = None
     """New tokens after which to stop; by default `max_response_tokens` alone bounds the response."""
 
 
@@ -194,7 +194,7 @@ class RolloutEngine:
     def _room(self, request: Request) -> int:
         """New tokens that a response may take."""
         left = self.config.max_response_tokens - len(request.begun)
-        return left if request.most is None else min(left, request.most)
+        return left if request.max_new_tokens is None else min(left, request.max_new_tokens)
 
     def _ask(self, method: str, *args: Any) -> Any:
         """Have every worker of vLLM run a method of `PolicyLoader`; the first one's answer."""
@@ -234,7 +234,9 @@ class RolloutEngine:
         )
 
     def _decode(self, ids: list[int]) -> str:
-        return self._llm.get_tokenizer().decode(ids, skip_special_tokens=True)
+        tokenizer: Any = self._llm.get_tokenizer()
+        # As vLLM's own detokenizer, which never cleans up.
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def shares_of(requests: int, share: int | None) -> list[slice]:

@@ -63,6 +63,8 @@ class TrainingEngine:
     ):
         self._ranks = make_ranks(training, resources)
         self._packing = training.packing
+        self._shares = resources.training_shares
+        self._sharing = resources.training_sequence_parallel_size
         self._beside_adapters = model if training.lora.rank else None
         """The weights that a checkpoint's adapters are added to."""
         self.micro_batch_tokens = training.micro_batch_tokens
@@ -181,7 +183,8 @@ class TrainingEngine:
             if not ran_out_of_memory(error):
                 raise
             tokens = sum(sequence.num_tokens for sequence in sequences)
-            largest = min(tokens, self.micro_batch_tokens)
+            # Of one rank, as the config has it.
+            largest = min(-(-tokens // (self._shares * self._sharing)), self.micro_batch_tokens)
             raise OutOfMemory(
                 f"a training pass over {len(sequences)} sequences of {tokens} tokens, in micro-batches of up to "
                 f"{largest}, ran out of memory ({str(error).splitlines()[0][:300]})",

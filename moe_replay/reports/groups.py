@@ -19,7 +19,14 @@ Value = Callable[[Mapping[str, float]], float | None]
 
 _COMPARED = ("seed", "training.mini_steps", "method.")
 _NO_PART_OF_RESULTS = (
-    *("iterations", "storage.", "resources.", "stages.", "tracking.", "alarm.", "model.path", "data.train"),
+    "iterations",
+    "storage.",
+    "resources.",
+    "stages.",
+    "tracking.",
+    "alarm.",
+    "model.path",
+    "data.train",
 )
 """Paths among them: what lies there is compared by checksum. Of the alarm decisions count, and notes tell of those."""
 _BENCHMARK_FILES = "evaluation.benchmarks."
@@ -206,7 +213,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     evaluation = config.get("evaluation", {})
     own = evaluation.get("samples_of", {})
     samples = {name: own.get(name, evaluation.get("samples")) for name in evaluation.get("benchmarks", {})}
-    return dotted(config) | dotted({"evaluation": {"samples_of": samples}})
+    settings = dotted(config) | dotted({"evaluation": {"samples_of": samples}})
+    return {key: value for key, value in settings.items() if key != "evaluation.samples"}
 
 
 def _numbers(run: RunResults, value: Value) -> dict[int, float]:

@@ -38,11 +38,11 @@ def evaluate_policy(
         scored = _score_benchmark(engine, progress, run, name, file.open())
         rows += scored
         metrics |= summarize(name, [(row["problem"], row["score"]) for row in scored])
-    engine.rest()
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer, compression="zstd")
     writer.write_bytes("scores.parquet", buffer.getvalue())
     writer.write_bytes("summary.json", json.dumps(metrics, sort_keys=True, indent=2).encode())
+    engine.rest()
     return writer.commit(metrics=metrics, attributes={"weights_sha256": policy.sha256})
 
 

@@ -45,6 +45,7 @@ def generate_rollouts(
     """
     inputs = {"policy": policy} | ({"predictor": predictor} if predictor else {})
     inputs |= {"carried": carried} if carried else {}
+    before = run.carried(carried, iteration) if run.config.rollout.partial_response_tokens else None
     writer = run.store().begin("rollout", iteration, inputs, run.digest("rollout"))
     load_policy(engine, run, policy, (predictor, iteration) if predictor else None)
     origin = _origin(engine, run, policy)
@@ -52,11 +53,10 @@ def generate_rollouts(
         samples = _sample_to_the_end(engine, progress, run, iteration)
         metrics = sample_metrics(samples)
     else:
-        before = run.carried(carried, iteration)
         samples = _sample_in_rounds(engine, progress, run, iteration, before, origin, writer)
         metrics = sample_metrics(samples) | staleness_metrics(samples, iteration)
-    engine.rest()
     write_samples(writer, samples)
+    engine.rest()
     if engine.merge_fidelity is not None:
         metrics["predictor/merge_fidelity"] = engine.merge_fidelity
     return writer.commit(metrics=metrics, attributes=origin.model_dump(mode="json"))

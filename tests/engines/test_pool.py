@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+import psutil
 import pytest
 
-from moe_replay.config import RunConfig
+from moe_replay.config import ResourcesConfig, RunConfig
 from moe_replay.engines.pool import EnginePool
 from moe_replay.errors import ConfigError, OutOfMemory
 
@@ -25,6 +26,22 @@ def test_micro_batches_halve_from_what_failed_down_to_the_longest_sequence(pool:
         ConfigError, match=r"^a pass failed; no smaller micro-batch holds a sequence of up to 40 tokens"
     ):
         pool.take_smaller_micro_batches(OutOfMemory("a pass failed", 40), longest=40)
+
+
+def test_ranks_that_share_a_sequence_need_hold_their_part_of_it_alone(tmp_path: Path) -> None:
+    config = RunConfig()
+    resources = ResourcesConfig(training_world_size=2, training_sequence_parallel_size=2)
+    pool = EnginePool(tmp_path, "weights", config.rollout, config.training, tmp_path, resources)
+    assert pool.take_smaller_micro_batches(OutOfMemory("a pass failed", 40), longest=41) == 21
+    with pytest.raises(ConfigError, match=r"up to 41 tokens .* on 2 rank\(s\) that share it"):
+        pool.take_smaller_micro_batches(OutOfMemory("a pass failed", 21), longest=41)
+
+
+def test_engines_that_take_turns_are_not_started_ahead(tmp_path: Path) -> None:
+    config = RunConfig()
+    pool = EnginePool(tmp_path, "weights", config.rollout, config.training, tmp_path, ResourcesConfig(colocated=True))
+    pool.start()
+    assert psutil.Process().children() == []
 
 
 def test_an_engine_that_can_hold_the_longest_sequence_alone_gets_no_less(pool: EnginePool) -> None:

@@ -14,7 +14,7 @@ from moe_replay.config_reading import load_config
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess, no_progress
-from moe_replay.engines.ray_cluster import RayCluster
+from moe_replay.engines.ray_cluster import device_for
 from moe_replay.engines.rollout import Request, Response, shares_of
 from moe_replay.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_replicas_give_what_one_engine_gives_under_the_weights_that_were_loaded_
 
 def test_responses_go_on_in_replicas_as_they_do_in_one_engine(embedded, replicas, requests, assets):
     load((replicas,), assets.model, "embedded")
-    cut = [replace(request, most=2) for request in requests]
+    cut = [replace(request, max_new_tokens=2) for request in requests]
     first = generate(replicas, cut)
     assert_same(first, share_by_share(embedded, cut))
     going = zip(requests, first, strict=True)
@@ -91,10 +91,14 @@ def test_the_share_of_a_replica_that_dies_goes_to_another_and_the_next_load_repl
     assert_same(generate(replicas, requests), expected)
 
 
-def test_a_cluster_that_is_given_has_rollout_and_training_on_gpus_of_their_own(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(ConfigError, match=r"resources\.colocated .* gives each of them GPUs of its own; set it"):
-        RayCluster(2, "resources.rollout_replicas", colocated=True)
+def test_gpus_are_taken_in_turns_on_this_machine_alone():
+    many = {"GPU": 8.0, "CPU": 64.0}
+    assert device_for(many, 8, "resources.training_world_size", None, colocated=True) == "GPU"
+    assert device_for({"CPU": 64.0}, 8, "resources.training_world_size", "head:6379", colocated=True) == "CPU"
+    with pytest.raises(ConfigError, match=r"resources\.colocated .* head:6379 gives each of them GPUs of its own"):
+        device_for(many, 8, "resources.training_world_size", "head:6379", colocated=True)
+    with pytest.raises(ConfigError, match=r"rollout_replicas = 9 takes a GPU for each, and this machine has 8"):
+        device_for(many, 9, "resources.rollout_replicas", None, colocated=False)
 
 
 def test_a_prompt_that_is_refused_is_named_by_its_place_in_the_batch(replicas, requests):

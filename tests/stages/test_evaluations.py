@@ -58,6 +58,21 @@ def test_the_runs_settings_hold_where_none_are_given(run: Run) -> None:
     assert (longer.rollout.max_response_tokens, longer.seed, longer.evaluation.samples) == (12, 3, 2)
 
 
+def test_counts_of_samples_follow_the_benchmarks_that_are_scored(run: Run) -> None:
+    own = settings_of(request(run_id="run-1", evaluation={"samples_of": {"addition": 8}}), run.store())
+    assert own.evaluation.samples_of == {"addition": 8}
+    (name, file) = next(iter(run.config.evaluation.benchmarks.items()))
+    counted = run.config.model_copy(
+        update={"evaluation": run.config.evaluation.model_copy(update={"samples_of": {name: 8}})}
+    )
+    store = RunStore(run.root, "counted")
+    store.create_run(run.store().read_run() | {"config": counted.model_dump(mode="json")})
+    other = settings_of(request(run_id="counted", evaluation={"benchmarks": {"other": file}}), store)
+    assert (other.evaluation.benchmarks, other.evaluation.samples_of) == ({"other": file}, {})
+    with pytest.raises(ConfigError, match=r"samples_of names unknown, which is no benchmark; known are addition"):
+        settings_of(request(run_id="run-1", evaluation={"samples_of": {"unknown": 8}}), run.store())
+
+
 def test_an_id_tells_settings_apart_and_checkpoints_not(run: Run) -> None:
     ids = [
         default_id("run-1", settings_of(request(run_id="run-1", **given), run.store()))

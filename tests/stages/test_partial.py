@@ -87,9 +87,9 @@ class Rollouts:
             requests = requests_of(self.run, unfinished)
             self.requests += [(request.seed, len(request.begun)) for request in requests]
             for (group, member), request in zip(unfinished, requests, strict=True):
-                assert request.most is not None
+                assert request.max_new_tokens is not None
                 length = self.length(group.drawn, member)
-                new = stretch(request.begun, request.most, length, iteration)
+                new = stretch(request.begun, request.max_new_tokens, length, iteration)
                 group.take(member, new, iteration, rollout.max_response_tokens)
 
         trained, left = sample_until_whole(groups, rollout.prompts, sample_round)
