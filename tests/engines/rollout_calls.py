@@ -78,6 +78,17 @@ def generate_while_one_dies(
     return engine.generate(requests, temperature, kill_first)
 
 
+def rest_after_one_died(engine: "RolloutReplicas", progress: Progress) -> list[int]:
+    """Rest, as between stages on GPUs that are taken in turns, after the first was killed; those that are left."""
+    os.kill(engine.pids[0], signal.SIGKILL)
+    engine._colocated = True
+    try:
+        engine.rest()
+    finally:
+        engine._colocated = False
+    return engine.pids
+
+
 def route(engine: "RolloutEngine", progress: Progress, layer: int, hidden_TH: np.ndarray) -> tuple[str, np.ndarray]:
     """Dtype and values of the logits [T, E] that the router of a decoder layer gives to hidden states."""
     import torch

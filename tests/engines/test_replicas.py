@@ -91,6 +91,15 @@ def test_the_share_of_a_replica_that_dies_goes_to_another_and_the_next_load_repl
     assert_same(generate(replicas, requests), expected)
 
 
+def test_a_replica_that_died_idle_is_replaced_with_the_next_load(embedded, replicas, requests, assets):
+    load((replicas,), assets.model, "before the death")
+    expected, before = share_by_share(embedded, requests), replicas.call("rollout_calls:replicas", no_progress)
+    assert replicas.call("rollout_calls:rest_after_one_died", no_progress) == before[1:]
+    load((replicas,), assets.model, "after the death")
+    assert len(replicas.call("rollout_calls:replicas", no_progress)) == 2
+    assert_same(generate(replicas, requests), expected)
+
+
 def test_gpus_are_taken_in_turns_on_this_machine_alone():
     many = {"GPU": 8.0, "CPU": 64.0}
     assert device_for(many, 8, "resources.training_world_size", None, colocated=True) == "GPU"
