@@ -113,7 +113,14 @@ def _carried(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig)
         return None
     rollout = source.committed("rollout", iteration - 1)
     assert rollout is not None
-    _require_there(rollout)
+    if rollout.expiry is not None:
+        raise ConfigError(
+            f"objects of {rollout.name} were removed by retention on {rollout.expiry.on:%Y-%m-%d} "
+            f"({rollout.expiry.why}), and with them the unfinished responses that this fork would go on with; take a "
+            "later iteration, or leave them behind by another rollout.* than the source's (for example --set "
+            f"rollout.oversampled_prompts={config.rollout.oversampled_prompts + 1})"
+        )
+    rollout.require_present()
     return _from_elsewhere(rollout)
 
 

@@ -105,6 +105,8 @@ def run_with_inputs(config: RunConfig, run_id: str, progress: Progress, forked_f
         )
     if config.training.lora.rank:
         _require_adaptable(run)
+    if config.training.packing:
+        _require_packable(run)
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
         _require_prompts_fit(run, progress)
     return run
@@ -168,6 +170,13 @@ def _require_adaptable(run: Run) -> None:
     from moe_replay.engines.adapters import adapter_settings
 
     adapter_settings(run.model, run.config.training.lora)
+
+
+def _require_packable(run: Run) -> None:
+    """Refuse packing now where sequences would be mixed: met in training nothing would tell."""
+    from moe_replay.engines.packable import require_packable
+
+    require_packable(run.model, run.config.training, run.config.resources)
 
 
 def _require_prompts_fit(run: Run, progress: Progress) -> None:

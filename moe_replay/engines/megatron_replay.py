@@ -127,6 +127,7 @@ class MegatronRouters:
     def forget(self) -> None:
         """Keep nothing but choices in the forward passes that follow."""
         self._observer = Observer()
+        self._calls, self._strays = {}, {}
 
     @property
     def live_RLK(self) -> Tensor:  # noqa: N802  (shape-suffixed)
@@ -163,8 +164,11 @@ class MegatronRouters:
 
     def _begin_forward(self, chunk: nn.Module, _args: Any) -> None:
         if not in_backward():
+            # Of this chunk alone: those before it in the pipeline have told of the same forward already.
             for layer, _ in _routers([chunk]):
-                self._live.pop(layer, None)
+                for kept in (self._live, self._calls, self._strays):
+                    kept.pop(layer, None)
+                self._observer.drop(layer)
 
     def _watched_gating(self, layer: int, gating: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def watched(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

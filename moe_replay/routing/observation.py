@@ -51,6 +51,11 @@ class Observer:
         """Drop what the last forward gave."""
         self._features, self._gaps = {}, {}
 
+    def drop(self, layer: int) -> None:
+        """Drop what the last forward gave of one layer."""
+        self._features.pop(layer, None)
+        self._gaps.pop(layer, None)
+
     def see(self, layer: int, scores_RE: Tensor, call: LogitCall | None) -> None:
         """Keep of a layer what is asked for; raises RoutingMismatch for rows that the forward does not have.
 
@@ -61,7 +66,7 @@ class Observer:
             if self._last_row >= len(scores_RE):
                 raise RoutingMismatch(
                     f"row {self._last_row} is watched but {len(scores_RE)} rows reach the router of decoder "
-                    f"layer {layer}: name rows of the padded micro-batch as the model gets it"
+                    f"layer {layer}: name rows as this rank's model gets them"
                 )
             rows_S = self.rows_S.to(scores_RE.device)
             self._features[layer] = call.hidden_RH[rows_S].float(), call.logits_RE[rows_S].float()

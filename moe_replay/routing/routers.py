@@ -6,7 +6,7 @@ live choice is computed and recorded, and where a target is given the scores are
 instead. Replay changes the expert set alone (R3, arXiv 2510.11370), and so does prediction (PR2, arXiv 2606.00395);
 weights and their gradients stay the live router's.
 
-Shapes: R rows a router sees in one forward (batch * sequence, pads included), S rows watched, L MoE layers, E experts,
+Shapes: R rows a router sees in one forward (those of its rank, pads included), S rows watched, L MoE layers, E experts,
 K experts per token, H hidden size.
 """
 

@@ -1,6 +1,6 @@
 """Experts that predicted gates choose for the rows that one forward brings to the routers (PR2, arXiv 2606.00395).
 
-Shapes: R rows a router sees in one forward (batch * sequence, pads included), P of them predicted, E experts,
+Shapes: R rows a router sees in one forward (those of its rank, pads included), P of them predicted, E experts,
 K experts per token, H hidden size.
 """
 
@@ -53,7 +53,7 @@ class RowPrediction:
         if len(self._present_R1) != rows:
             raise RoutingMismatch(
                 f"R={len(self._present_R1)} rows are predicted or not but {rows} reach the router of decoder layer "
-                f"{layer}: give one flag per row of the padded micro-batch as the model gets it"
+                f"{layer}: give one flag per row as this rank's model gets them"
             )
         # Across devices once, not once a forward.
         weight_EH = self._weights[layer] = self._weights[layer].to(device)

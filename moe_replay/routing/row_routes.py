@@ -1,6 +1,6 @@
 """Routes for the rows that one forward brings to the routers, checked against the model they are for.
 
-Shapes: R rows a router sees in one forward (batch * sequence, pads included), L MoE layers, E experts,
+Shapes: R rows a router sees in one forward (those of its rank, pads included), L MoE layers, E experts,
 K experts per token.
 """
 
@@ -32,7 +32,7 @@ class RowRoutes:
         if ids_RK.shape[0] != scores_RE.shape[0]:
             raise RoutingMismatch(
                 f"routes have R={ids_RK.shape[0]} rows but {scores_RE.shape[0]} reach the router of decoder layer "
-                f"{layer}: build targets for the padded micro-batch as the model gets it"
+                f"{layer}: build targets for the rows as this rank's model gets them"
             )
         return ids_RK, present_R1
 

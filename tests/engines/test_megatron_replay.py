@@ -186,6 +186,35 @@ def test_features_of_routers_that_choose_by_more_than_logits_are_refused(megatro
         _ = routers.features
 
 
+def test_nothing_of_a_forward_outlives_the_next_one_or_being_forgotten(megatron):
+    stage = Stage(config_of(moe_router_score_function="sigmoid"), LAYERS)
+    for router in stage.decoder:
+        router.expert_bias = torch.linspace(0, 3, E)
+    routers = MegatronRouters([stage])
+    routers.watch(torch.arange(4))
+    routers.compare(torch.arange(K).expand(sum(LENGTHS), len(LAYERS), K), torch.ones(sum(LENGTHS), dtype=torch.bool))
+    stage(hidden())
+    assert routers.coverage_gap_RL.shape == (sum(LENGTHS), len(LAYERS))
+    with pytest.raises(ValueError, match="zip"):
+        stage(hidden()[:0])
+    for layer in LAYERS:
+        assert layer not in routers._live | routers._calls | routers._strays
+    stage(hidden())
+    routers.forget()
+    with pytest.raises(RoutingMismatch, match="watch, then run"):
+        _ = routers.features
+
+
+def test_chunks_of_a_stage_tell_of_one_forward_together(megatron):
+    config = config_of()
+    chunks = [Stage(config, LAYERS[:1]), Stage(config, LAYERS[1:])]
+    routers = MegatronRouters(chunks)
+    routers.watch(torch.arange(4))
+    for chunk, part in zip(chunks, hidden().split([1, 2]), strict=True):
+        chunk(part)
+    torch.testing.assert_close(routers.features.hidden_SLH, hidden().transpose(0, 1)[:4])
+
+
 def test_recompute_is_not_watched_and_a_forward_that_was_cut_tells_nothing(megatron):
     from torch.utils.checkpoint import checkpoint
 

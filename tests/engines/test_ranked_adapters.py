@@ -4,18 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from passes import BATCH, ROUTES
 from safetensors.numpy import load_file
-from trainer import LAYERS, E, Trainer, foreign_routes, largest_difference
-from training_calls import make_config, random_batch
+from trainer import LAYERS, E, Trainer, largest_difference
+from training_calls import make_config
 
 from moe_replay.config import RunConfig
 from moe_replay.engines.process import EngineProcess
 
 pytestmark = pytest.mark.slow
-
-BATCH = random_batch(sequences=10)
-LENGTHS = [len(prompt) + len(response) for prompt, response in zip(BATCH.prompts, BATCH.responses, strict=True)]
-ROUTES = foreign_routes(LENGTHS)
 
 
 def config_of(ranks: int, train_routers: bool) -> RunConfig:

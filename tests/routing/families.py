@@ -142,9 +142,14 @@ MOE_LAYERS = {**CORE, **_MORE}
 _FIXED_EXPERTS = ("aria_text", "granitemoe", "jetmoe", "llama4_text", "longcat_flash", "llama", "qwen3")
 
 
+def config_of(family: str, **overrides: Any) -> Any:
+    """The tiny config of any family of transformers."""
+    return AutoConfig.for_model(family, **{**_COMMON, **CONFIGS.get(family, {}), **overrides})
+
+
 def build(family: str, **overrides: Any) -> Any:
     """A fp32 causal language model in training mode, with weights large enough that routes matter."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **overrides})
+    config = config_of(family, **overrides)
     choice = {} if family in _FIXED_EXPERTS else {"experts_implementation": "grouped_mm"}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **choice)

@@ -206,6 +206,22 @@ def test_a_fork_goes_on_with_what_the_rollout_before_left_if_it_samples_as_the_s
         prepare(branch.config, "branch", no_progress)
 
 
+def test_carried_work_that_retention_took_can_be_left_behind(config):
+    settings = {"rollout.partial_response_tokens": 2, "rollout.oversampled_prompts": 3}
+    source = prepare(overridden(config, settings), "source", no_progress)
+    for iteration in range(3):
+        for stage in ("rollout", "training"):
+            writer = source.store().begin(stage, iteration, {}, source.digest(stage))
+            writer.write_bytes("part-00000.parquet", b"data")
+            writer.commit()
+    for removable in find_removable(source.store(), Retention(keep_iterations=1), timedelta(0)).removable:
+        if removable.name.endswith("00000/rollout"):
+            remove(source.root, removable)
+    with pytest.raises(ConfigError, match=r"unfinished responses.*--set rollout\.oversampled_prompts=4"):
+        fork(source, 1)
+    assert fork(source, 1, rollout__oversampled_prompts=4).forked_from.carried is None
+
+
 # Predictors
 
 

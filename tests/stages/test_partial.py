@@ -21,8 +21,9 @@ from moe_replay.engines.rollout import Response
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.preparation import prepare
 from moe_replay.routing.trace import RoutingTrace
-from moe_replay.stages.carrying import PromptGroup, read_about, read_carried, route_changes, write_carried
+from moe_replay.stages.carrying import PartialAbout, PromptGroup, read_about, read_carried, route_changes, write_carried
 from moe_replay.stages.partial import about_rollout, groups_at_work, requests_of, sample_until_whole, staleness_metrics
+from moe_replay.stages.replayable import require_replayable, tellable_methods
 from moe_replay.stages.rollout import make_sample
 from moe_replay.stages.routes import archive_routes
 from moe_replay.stages.run import Run
@@ -32,8 +33,9 @@ LAYERS, EXPERTS = (0, 2), 16
 PROMPT = [7, 8, 9]
 
 
-def origin_of(version: int) -> RouteOrigin:
+def origin_of(version: int, predictor: str | None = None) -> RouteOrigin:
     return RouteOrigin(
+        predictor_sha256=predictor,
         source="vllm",
         engine_version="0.28.0",
         dtype="bfloat16",
@@ -285,3 +287,33 @@ def test_a_rollout_that_is_not_partial_stores_nothing_of_it(run):
 def test_partial_rollouts_need_prompts_to_spare(given):
     with pytest.raises(ConfigError, match="partial rollouts need both"):
         load_config(None, {f"rollout.{key}": value for key, value in given.items()})
+
+
+@pytest.mark.parametrize(
+    ("predictors", "served"),
+    [
+        ({0: None, 1: "a" * 64, 2: "a" * 64}, r"2 of these .*\[0\] under none; \[1, 2\] under .* aaaaaaaaaaaa\)"),
+        ({1: "a" * 64, 2: "b" * 64}, r"2 of these .*\[1\] under .* aaaaaaaaaaaa; \[2\] under .* bbbbbbbbbbbb\)"),
+        ({1: None, 2: None}, None),
+        ({2: "a" * 64}, None),
+    ],
+    ids=["begun without", "begun under another", "never predicted", "of one"],
+)
+def test_methods_are_told_on_tokens_of_one_predictor_alone(run, predictors, served):
+    origins = {version: origin_of(version, sha256) for version, sha256 in predictors.items()}
+    writer = run.store().begin("rollout", 2, {}, "digest")
+    write_carried(writer, [], PartialAbout(prompts_drawn=1, data_sha256=run.train.sha256, origins=origins))
+    is_steered = origins[2].predictor_sha256 is not None
+    writer.commit(metrics={"predictor/merge_fidelity": 1.0} if is_steered else {})
+    run.store().begin("routes", 2, {}, "digest").commit()
+    r2, r3, pr2 = (load_config(None, {"method": name}).method for name in ("r2", "r3", "pr2"))
+
+    assert require_replayable(run.store(), 2, [r2]).commit.stage == "rollout"
+    if served is None:
+        assert tellable_methods(run.store(), 2) == (["r2", "pr2"] if is_steered else ["r2", "r3"])
+        require_replayable(run.store(), 2, [pr2 if is_steered else r3])
+        return
+    assert tellable_methods(run.store(), 2) == ["r2"]
+    for method in (r3, pr2):
+        with pytest.raises(ConfigError, match=served):
+            require_replayable(run.store(), 2, [method])

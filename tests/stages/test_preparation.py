@@ -75,6 +75,15 @@ def test_adapters_that_the_model_has_no_place_for_are_refused_before_the_run_exi
     assert prepare(changed(config, training__lora={"rank": 8}), "run-1", no_progress).config.training.lora.rank == 8
 
 
+def test_a_model_that_cannot_be_packed_or_shared_out_is_refused_before_the_run_exists(config):
+    packed = changed(config, training__packing=True, training__mini_steps=1)
+    sharing = {"training_world_size": 3, "training_sequence_parallel_size": 3}
+    with pytest.raises(ConfigError, match=r"training_sequence_parallel_size = 3 ranks .* set it to one of 1, "):
+        prepare(changed(packed, resources=sharing), "run-1", no_progress)
+    assert not RunStore(config.storage.root or "", "run-1").exists()
+    assert prepare(packed, "run-1", no_progress).config.training.packing
+
+
 @pytest.mark.parametrize("change", [{"stages__retries": 7}, {"tracking__experiment": "elsewhere"}])
 def test_how_a_run_is_retried_and_tracked_may_change(config, change):
     prepare(config, "run-1", no_progress)
