@@ -20,7 +20,7 @@ from pydantic import (
 from moe_replay.alarm import AlarmConfig, actions_for
 from moe_replay.lora import LoraConfig
 from moe_replay.methods import DEFAULT_PRESET, Method
-from moe_replay.settings import Config
+from moe_replay.settings import NONE, Config
 
 EMBEDDED = "embedded"
 """Stands for the tiny model, its training problems or its benchmark, all made on the spot."""
@@ -79,9 +79,9 @@ class RolloutConfig(Config):
     def _carries_what_is_partial(self) -> "RolloutConfig":
         if (self.partial_response_tokens is not None) != (self.oversampled_prompts > 0):
             raise ValueError(
-                f"partial_response_tokens = {self.partial_response_tokens} and oversampled_prompts = "
+                f"partial_response_tokens = {self.partial_response_tokens or NONE} and oversampled_prompts = "
                 f"{self.oversampled_prompts}: partial rollouts need both, for without prompts beside those that are "
-                "trained on nothing can be left unfinished; give both, or neither"
+                "trained on nothing can be left unfinished; give both, or neither (none and 0)"
             )
         return self
 

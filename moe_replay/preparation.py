@@ -107,6 +107,12 @@ def run_with_inputs(config: RunConfig, run_id: str, progress: Progress, forked_f
         _require_adaptable(run)
     if config.training.packing:
         _require_packable(run)
+    if config.training.attention != "sdpa" and config.resources.training_world_size == 1:  # else elsewhere, perhaps
+        from moe_replay.engines.verl_settings import require_attention
+
+        require_attention(config.training)
+    if (devices := config.resources.rollout_tensor_parallel_size) > 1:
+        _require_heads_for(run, devices)
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
         _require_prompts_fit(run, progress)
     return run
@@ -177,6 +183,18 @@ def _require_packable(run: Run) -> None:
     from moe_replay.engines.packable import require_packable
 
     require_packable(run.model, run.config.training, run.config.resources)
+
+
+def _require_heads_for(run: Run, devices: int) -> None:
+    """Refuse a number of devices that vLLM would refuse once it starts."""
+    config = read_model_config(run.model)
+    heads = int(config.get("text_config", config).get("num_attention_heads", devices))
+    if heads % devices:
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ConfigError(
+            f"resources.rollout_tensor_parallel_size = {devices} devices take equal shares of the attention heads, of "
+            f"which this model has {heads}; set it to one of {', '.join(map(str, fitting))}"
+        )
 
 
 def _require_prompts_fit(run: Run, progress: Progress) -> None:

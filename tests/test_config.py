@@ -189,6 +189,19 @@ def test_flash_attention_computes_in_bfloat16():
         parse_config({"training": {"attention": "flash_attention_2"}})
 
 
+@pytest.mark.parametrize("key", ["rollout.share", "alarm.kl_k3", "rollout.partial_response_tokens"])
+def test_a_key_that_may_be_left_out_is_unset_by_a_word(key):
+    section, _, name = key.partition(".")
+    given = {key: 2, "rollout.oversampled_prompts": 2 if "partial" in key else 0}
+    assert getattr(getattr(load_config(None, given), section), name) == 2
+    unset = load_config(None, given | {"rollout.oversampled_prompts": 0} | dict([parse_override(f"{key}=none")]))
+    assert unset == RunConfig()
+
+
+def test_a_text_may_be_the_word():
+    assert load_config(None, {"tracking.comparison": "none"}).tracking.comparison == "none"
+
+
 def test_an_n_of_its_own_is_of_a_benchmark():
     with pytest.raises(ConfigError, match=r"samples_of names aime24, which is no benchmark; known are addition"):
         parse_config({"evaluation": {"samples_of": {"aime24": 32}}})

@@ -28,6 +28,7 @@ from moe_replay.errors import ArchiveCorrupt
 OPTIMIZER_FOLDER = "optimizer"
 _SCALARS = "scalars.json"
 _SHARD_SIZE = "4GB"
+_ATTENTION = "sdpa"
 
 
 class SafetensorsCheckpointManager(FSDPCheckpointManager):
@@ -55,6 +56,7 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
                 model, weights = model.get_base_model(), merged_weights(model, weights)
             # transformers undoes its own renaming and fusing of experts, for every family it can load.
             model.save_pretrained(Path(local_path) / MODEL_FOLDER, state_dict=weights)
+            _name_attention_anew(Path(local_path) / MODEL_FOLDER / "config.json")
             _write_optimizer(Path(local_path) / OPTIMIZER_FOLDER, state, self.lr_scheduler.state_dict())
         torch.distributed.barrier()
 
@@ -101,6 +103,14 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
+
+
+def _name_attention_anew(config_file: Path) -> None:
+    """Have the config ask for attention that any machine has, not for that of the ranks which trained."""
+    config = json.loads(config_file.read_text())
+    if config.get("attn_implementation", _ATTENTION) != _ATTENTION:
+        document = json.dumps(config | {"attn_implementation": _ATTENTION}, indent=2, sort_keys=True)
+        config_file.write_text(document + "\n")  # as transformers lays it out
 
 
 def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """What verl is told of a run's training: model, engine, optimizer and policy loss, in verl's own configs."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.adapters import adapter_settings
@@ -64,17 +67,25 @@ def model_config(model: Path, training: TrainingConfig, resources: ResourcesConf
     )
 
 
+def require_attention(training: TrainingConfig) -> None:
+    """Raise ConfigError when the attention asked for can't be had on this machine."""
+    if training.attention != "flash_attention_2":
+        return
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    missing = [] if torch.cuda.is_available() else ["a GPU"]
+    missing += [] if find_spec("flash_attn") else ["the package flash-attn"]
+    if missing or not is_flash_attn_2_available():
+        raise ConfigError(
+            f"training.attention = 'flash_attention_2' takes {' and '.join(missing) or 'another flash-attn'}, which a "
+            "machine that trains has not; install it there, or set training.attention = 'sdpa'"
+        )
+
+
 def _attention(training: TrainingConfig, resources: ResourcesConfig) -> str:
     """What transformers calls the implementation."""
-    if training.attention == "flash_attention_2":
-        from transformers.utils.import_utils import is_flash_attn_2_available
-
-        if not is_flash_attn_2_available():
-            raise ConfigError(
-                "training.attention = 'flash_attention_2' takes a GPU and the package flash-attn, and this rank has "
-                "not both; install it on the machines that train, or set training.attention = 'sdpa'"
-            )
-    elif resources.training_sequence_parallel_size > 1:
+    require_attention(training)
+    if training.attention == "sdpa" and resources.training_sequence_parallel_size > 1:
         from moe_replay.engines import ulysses_attention
 
         return ulysses_attention.NAME

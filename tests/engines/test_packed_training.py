@@ -1,5 +1,6 @@
 """Packed micro-batches, on one rank and on two that share each sequence, against padded ones: the same steps."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -77,8 +78,10 @@ def test_two_ranks_that_share_sequences_see_and_do_the_same(sharing, padded, mod
     # 13 tokens on each rank hold the longest sequence of 24, whose parts end within others.
     config = config_of({"packing": True, "micro_batch_tokens": 13, "recompute": True}, **SHARED)
     assert_same_seens(padded, seen_by(sharing, model, config, tmp_path))
+    written = json.loads((tmp_path / "huggingface" / "config.json").read_text())
+    assert written["attn_implementation"] == "sdpa"  # any machine loads it, whatever these ranks attended with
 
 
 def test_flash_attention_that_is_not_installed_is_refused(trainer, model):
-    with pytest.raises(ConfigError, match=r"takes a GPU and the package flash-attn.*training.attention = 'sdpa'"):
+    with pytest.raises(ConfigError, match=r"takes a GPU and the package flash-attn, which.*training.attention = 'sdpa'"):
         trainer.open_model(model, config_of({"attention": "flash_attention_2", "dtype": "bfloat16"}))

@@ -53,6 +53,19 @@ def test_a_root_is_no_part_of_what_run_json_says(config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        ({"training__attention": "flash_attention_2", "training__dtype": "bfloat16"}, r"takes a GPU and the package"),
+        ({"resources__rollout_tensor_parallel_size": 3}, r"rollout_tensor_parallel_size = 3 .* has 4; .* 1, 2, 4"),
+    ],
+)
+def test_hardware_that_cannot_do_it_is_refused_before_the_run_exists(config, change, told):
+    with pytest.raises(ConfigError, match=told):
+        prepare(changed(config, **change), "run-1", no_progress)
+    assert not RunStore(config.storage.root or "", "run-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
         ({"iterations": 9}, "iterations (5 -> 9)"),
         ({"training__learning_rate": 1e-5}, "training.learning_rate (0.0001 -> 1e-05)"),
         ({"method": "grpo"}, "method.route_source ('rollout' -> 'none')"),
