@@ -6,7 +6,10 @@ alone and transformers' families don't: they run on from one sequence into the n
 indexers of sparse attention, which choose keys by the rows of the line.
 """
 
+import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,9 @@ _MIXERS = re.compile(r"mamba|deltanet|conv|recurrent|lightning|linear_?attn|line
 def require_packable(folder: Path, training: TrainingConfig, resources: ResourcesConfig) -> None:
     """Refuse `training.packing` for the model whose config.json lies in `folder` where its sequences would be mixed.
 
-    Raises ConfigError for layers that are not attention, for chunks of attention shorter than a packed line, for heads
-    that ranks can't share out, and for attention that `engines.ulysses_attention` does not do where it is chosen; or
-    as `empty_model`.
+    Raises ConfigError for layers that are not attention, for chunks of attention shorter than a packed line, for masks
+    that are made without positions, for heads that ranks can't share out, and for attention that
+    `engines.ulysses_attention` does not do where it is chosen; or as `empty_model`.
     """
     model = empty_model(folder)
     config = model.config.get_text_config()
@@ -45,6 +48,8 @@ def require_packable(folder: Path, training: TrainingConfig, resources: Resource
             f"this model's chunks of {chunk}; set training.packing = false, or shorten the line to {chunk}"
         )
     if sharing == 1:
+        if training.attention == "sdpa":
+            _require_positions_in_masks(model.get_decoder())
         return
     _require_heads(config, sharing)
     windowed = {layer: kind for layer, kind in kinds.items() if kind not in _FULL | _WITHOUT_ATTENTION}
@@ -73,6 +78,23 @@ def _other_mixers(decoder: nn.Module) -> Iterator[tuple[int, str]]:
         name = type(module).__name__
         if layer is not None and (_MIXERS.search(parts[-1].lower()) or _MIXERS.search(name.lower())):
             yield layer, name
+
+
+def _require_positions_in_masks(decoder: nn.Module) -> None:
+    """Refuse families whose code makes masks without position_ids, the only sign of where sequences end (AFMoE)."""
+    for name, forward in {type(module).__name__: type(module).forward for module in decoder.modules()}.items():
+        code = inspect.unwrap(forward)
+        if not {"create_causal_mask", "create_sliding_window_causal_mask"} & {*code.__code__.co_names}:
+            continue
+        nodes = [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(code))))]
+        calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("create_")]
+        given = [ast.unparse(key) for node in nodes if isinstance(node, ast.Dict) for key in node.keys if key]
+        if "'position_ids'" not in given and not all("position_ids" in [k.arg for k in c.keywords] for c in calls):
+            raise ConfigError(
+                f"training.packing keeps the sequences of a line apart by their positions, and {name} makes its masks "
+                "without them, so that each would attend to those before it; set training.packing = false, or "
+                "training.attention = 'flash_attention_2', which is given the positions"
+            )
 
 
 def _require_heads(config: Any, sharing: int) -> None:

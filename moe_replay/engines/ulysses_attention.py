@@ -18,6 +18,12 @@ from moe_replay.errors import ConfigError
 
 NAME = "moe_replay_ulysses_sdpa"
 """What the model's `attn_implementation` is called."""
+_WITHOUT_EFFECT = {
+    *("use_cache", "cache_position", "past_key_values", "logits_to_keep", "num_items_in_batch", "return_dict"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+}
+"""What families pass on to attention that changes nothing of it (`TransformersKwargs`, and what `forward` is given)."""
+_WHOLE = ("full_attention", "attention")
 
 
 def ulysses_sdpa(
@@ -25,22 +31,22 @@ def ulysses_sdpa(
     query_1ARD: Tensor,
     key_1ARD: Tensor,
     value_1ARD: Tensor,
-    attention_mask: None,
-    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **asked: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within the sequences of a packed micro-batch; position_ids int64 [1, R] start each from 0.
 
-    Returns [1, R, A, D]. Raises ConfigError for a sliding window, which is not done here.
+    Returns [1, R, A, D]. Raises ConfigError for whatever else a family asks of attention: windows, chunks, sinks, soft
+    caps, masks of its own, attention that is not causal or is not told the positions.
     """
-    if sliding_window is not None:
-        raise ConfigError(
-            f"this model attends to a window of {sliding_window} tokens, which ranks that share sequences do not do "
-            "without flash attention; set resources.training_sequence_parallel_size = 1"
-        )
+    asked |= {"attention_mask": attention_mask, "is_causal": False if is_causal is False else None}
+    _require_plain(module, asked)
+    if position_ids is None:
+        raise _beyond("does not tell attention position_ids, by which sequences are kept apart")
     # Fewer heads of keys than ranks are repeated, so that each rank has one.
     repeats = max(ulysses.get_ulysses_sequence_parallel_world_size() // key_1ARD.size(1), 1)
     parts = (query_1ARD, *(part.repeat_interleave(repeats, dim=1) for part in (key_1ARD, value_1ARD)))
@@ -48,6 +54,29 @@ def ulysses_sdpa(
     allowed = _causal_within_sequences(position_ids)
     attended = scaled_dot_product_attention(query, key, value, allowed, dropout, scale=scaling, enable_gqa=True)
     return ulysses.gather_heads_scatter_seq(attended.transpose(1, 2), head_dim=2, seq_dim=1), None
+
+
+def _require_plain(module: nn.Module, asked: dict[str, Any]) -> None:
+    """Refuse what would be left out: keywords of which it is not known that they change nothing, and masked layers."""
+    unknown = sorted(name for name, value in asked.items() if value is not None and name not in _WITHOUT_EFFECT)
+    if unknown:
+        told = ", ".join(f"{name} = {_short(asked[name])}" for name in unknown)
+        raise _beyond(f"asks more of attention ({told})")
+    kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and layer is not None and kinds[layer] not in _WHOLE:
+        raise _beyond(f"has {kinds[layer]} in decoder layer {layer}")
+
+
+def _beyond(what: str) -> ConfigError:
+    return ConfigError(
+        f"ranks that share sequences attend, without flash attention, to all of a sequence before a token and nothing "
+        f"else, and this model {what}; set training.attention = 'flash_attention_2' or "
+        "resources.training_sequence_parallel_size = 1"
+    )
+
+
+def _short(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _causal_within_sequences(position_ids: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import CONFIGS, MOE_LAYERS, config_of
+from transformers import AutoModelForCausalLM
 
 from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.packable import require_packable
@@ -24,7 +26,10 @@ def check(folder: Path, family: str, ranks: int = 1, training: dict[str, Any] | 
     require_packable(folder, TrainingConfig(packing=True, **(training or {})), resources)
 
 
-@pytest.mark.parametrize("family", sorted(MOE_LAYERS.keys() - MIXED.keys()))
+MASKED_WITHOUT_POSITIONS = {"afmoe": "AfmoeModel", "gpt_oss": "GptOssModel"}
+
+
+@pytest.mark.parametrize("family", sorted(MOE_LAYERS.keys() - MIXED.keys() - MASKED_WITHOUT_POSITIONS.keys()))
 def test_families_of_attention_alone_are_packed(tmp_path: Path, family: str) -> None:
     check(tmp_path, family)
 
@@ -33,6 +38,31 @@ def test_families_of_attention_alone_are_packed(tmp_path: Path, family: str) -> 
 def test_layers_that_would_run_on_from_one_sequence_into_the_next_are_refused(tmp_path: Path, family: str) -> None:
     with pytest.raises(ConfigError, match=MIXED[family] + r", which would.* set training\.packing = false"):
         check(tmp_path, family)
+
+
+@pytest.mark.parametrize("family", sorted(MASKED_WITHOUT_POSITIONS))
+def test_masks_that_are_made_without_positions_are_refused(tmp_path: Path, family: str) -> None:
+    told = rf"{MASKED_WITHOUT_POSITIONS[family]} makes its masks without them.* set training\.packing = false"
+    with pytest.raises(ConfigError, match=told):
+        check(tmp_path, family)
+    check(tmp_path, family, training={"attention": "flash_attention_2"})
+
+
+@pytest.mark.parametrize("family", ["afmoe", "deepseek_v3", "gemma4_text", "longcat_flash", "olmoe", "qwen3_moe"])
+def test_a_packed_sequence_gives_what_it_gives_alone_unless_it_is_refused(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(family), attn_implementation="sdpa").eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    one, line, positions = torch.tensor([[8, 9, 10, 11]]), [[5, 6, 7, 8, 9, 10, 11]], [[0, 1, 2, 0, 1, 2, 3]]
+    with torch.no_grad():
+        alone = model(input_ids=one, use_cache=False).logits
+        packed = model(
+            input_ids=torch.tensor(line), position_ids=torch.tensor(positions), attention_mask=None, use_cache=False
+        ).logits[:, 3:]
+    is_mixed = float((alone - packed).abs().max()) > 1e-3
+    assert is_mixed == (family in MASKED_WITHOUT_POSITIONS)
 
 
 def test_of_a_family_whose_mixers_are_layers_only_those_that_attend_are_packed(tmp_path: Path) -> None:
