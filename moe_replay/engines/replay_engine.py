@@ -83,8 +83,8 @@ class ReplayEngine(_FSDPEngine):
 
     def release(self) -> None:
         """Let go of model and optimizer, so that others can be built in their room."""
-        self.routers.remove()
-        del self.routers  # which hold the decoder
+        if routers := self.__dict__.pop("routers", None):  # none before the first model
+            routers.remove()  # they hold the decoder
         self.module = self.optimizer = self.lr_scheduler = self.checkpoint_manager = None
         gc.collect()
 

@@ -28,7 +28,19 @@ SOURCES = [
     REPORTS / "results.py",
     REPORTS / "predictor_report.py",
 ]
-GROUPS = ("alarm", "mismatch", "routing", "predictor", "policy", "reward", "rollout", "response", "eval", "archive", "time")
+GROUPS = (
+    "alarm",
+    "mismatch",
+    "routing",
+    "predictor",
+    "policy",
+    "reward",
+    "rollout",
+    "response",
+    "eval",
+    "archive",
+    "time",
+)
 
 
 def routes(num_tokens: int, num_layers: int, num_experts: int, top_k: int, seed: int) -> torch.Tensor:

@@ -54,7 +54,7 @@ def test_a_root_is_no_part_of_what_run_json_says(config, tmp_path):
     ("change", "told"),
     [
         ({"training__attention": "flash_attention_2", "training__dtype": "bfloat16"}, r"takes a GPU and the package"),
-        ({"resources__rollout_tensor_parallel_size": 3}, r"rollout_tensor_parallel_size = 3 .* has 4; .* 1, 2, 4"),
+        ({"resources__rollout_tensor_parallel_size": 3}, r"rollout_tensor_parallel_size = 3 .* has 32; .* 1, 2, 4"),
     ],
 )
 def test_hardware_that_cannot_do_it_is_refused_before_the_run_exists(config, change, told):
