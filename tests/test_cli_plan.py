@@ -59,8 +59,7 @@ def test_the_tables_say_what_is_exact_and_what_was_measured(command):
     assert ["raw", "1.01 GB", "exact"] in lines
     assert ["predictor, each of two files", "50.3 MB", "exact"] in lines
     assert "of 8 of 128 experts" in told
-    last = told.splitlines()[-1]
-    assert "run --set model.path=MODEL --set storage.codec=expert-set --set storage.chunk_tokens=65536" in last
+    assert told.splitlines()[-1].endswith(" run CONFIG.toml --set model.path=MODEL")
 
 
 def test_a_runs_settings_are_taken_and_options_go_before_them(command, tmp_path):
@@ -128,3 +127,13 @@ def test_the_command_loads_no_engine_to_size_a_model():
     words = ["plan", str(MODELS / "deepseek-v3.json"), "--json"]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_told_next_is_the_run_that_was_planned(command):
+    words = ("--mini-steps", "8", "--keep-order", "--evolution-tokens", "8192", "--tokens", "32K")
+    settings = "training.mini_steps=8 --set storage.keep_order=true --set evolution.tokens=8192"
+    told = command("qwen3-30b-a3b", *words).splitlines()[-1]
+    assert told.endswith(f" run CONFIG.toml --set model.path=MODEL --set {settings}")
+    config = Path(__file__).parents[1] / "configs" / "qwen3-30b-a3b.toml"
+    told = command("qwen3-30b-a3b", "--config", str(config)).splitlines()[-1]
+    assert told.endswith(f" run {config} --set model.path=MODEL")

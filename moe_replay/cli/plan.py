@@ -16,6 +16,15 @@ from moe_replay.errors import ConfigError
 from moe_replay.routing.declared import declared_routers
 
 _DEFAULT_TOKENS = "16K,32K,64K,128K"
+_KEYS = {
+    "mini_steps": "training.mini_steps",
+    "codec": "storage.codec",
+    "keep_order": "storage.keep_order",
+    "chunk_tokens": "storage.chunk_tokens",
+    "evolution_tokens": "evolution.tokens",
+    "evolution_dtype": "evolution.dtype",
+}
+"""Of what is planned with, the config's keys."""
 
 
 def plan(
@@ -82,7 +91,7 @@ def plan(
         print(sizing.model_dump_json())
         return
     _show(sizing)
-    _say_next(sizing, model_config, config)
+    _say_next(sizing, model_config, config, given)
 
 
 def _told_by(run: RunConfig) -> dict[str, Any]:
@@ -203,14 +212,15 @@ def _notes(found: Sizing) -> list[str]:
     return notes
 
 
-def _say_next(found: Sizing, model: Path, config: Path | None) -> None:
-    load, again = found.workload, f"{command_name()} plan {model}"
+def _say_next(found: Sizing, model: Path, config: Path | None, given: dict[str, Any]) -> None:
+    """The run that was planned: its config, or where one has to be, and every setting given beside it."""
     folder = model if model.is_dir() else model.parent if model.name == "config.json" else "MODEL"
-    settings = [f"model.path={folder}", f"storage.codec={load.codec}", f"storage.chunk_tokens={load.chunk_tokens}"]
-    if load.codec == "raw":
-        told = f"{again} --codec expert-set     (what an archive is written with)"
+    asked = {key: given[name] for name, key in _KEYS.items() if given[name] is not None}
+    settings = [f"model.path={folder}", *(f"{key}={str(value).lower()}" for key, value in asked.items())]
+    if found.workload.codec == "raw":
+        told = f"{command_name()} plan {model} --codec expert-set     (what an archive is written with)"
     else:
-        told = " --set ".join([f"{command_name()} run{f' {config}' if config else ''}", *settings])
+        told = " --set ".join([f"{command_name()} run {config or 'CONFIG.toml'}", *settings])
     out.print(escape(f"next:  {told}"), highlight=False, soft_wrap=True)
 
 

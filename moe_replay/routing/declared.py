@@ -73,7 +73,9 @@ def read_model_config(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} can't be read ({error}); give a Hugging Face model") from error
+        raise ConfigError(
+            f"{file} can't be read ({error}); give a Hugging Face model's folder on this machine, or its config.json"
+        ) from error
     if not isinstance(document, dict):
         raise ConfigError(f"{file} is not a JSON object; give a Hugging Face model")
     return document
