@@ -40,8 +40,9 @@ def test_ranks_that_share_a_sequence_need_hold_their_part_of_it_alone(tmp_path: 
 def test_engines_that_take_turns_are_not_started_ahead(tmp_path: Path) -> None:
     config = RunConfig()
     pool = EnginePool(tmp_path, "weights", config.rollout, config.training, tmp_path, ResourcesConfig(colocated=True))
+    before = psutil.Process().children()
     pool.start()
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def test_an_engine_that_can_hold_the_longest_sequence_alone_gets_no_less(pool: EnginePool) -> None:
