@@ -187,9 +187,9 @@ def _require_packable(run: Run) -> None:
 
 def _require_heads_for(run: Run, devices: int) -> None:
     """Refuse a number of devices that vLLM would refuse once it starts."""
-    from moe_replay.routing.model_shape import empty_model
+    from moe_replay.routing.model_shape import model_config
 
-    heads = int(empty_model(run.model).config.get_text_config().num_attention_heads)
+    heads = int(model_config(run.model).get_text_config().num_attention_heads)
     if heads % devices:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ConfigError(

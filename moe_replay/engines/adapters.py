@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoModelForCausalLM
 
+from moe_replay.engines.tensor_files import read_tensors, write_tensors
 from moe_replay.errors import ArchiveCorrupt, ConfigError
 from moe_replay.lora import EXPERTS, LINEAR, LoraConfig
 from moe_replay.routing.discovery import find_routers, router_modules
@@ -112,12 +111,9 @@ def merged_weights(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
     return whole.merge_and_unload(safe_merge=True).state_dict()  # safe_merge adds to copies
 
 
-def write_adapters(folder: Path, model: Any, weights: dict[str, Any], shard_size: str) -> None:
+def write_adapters(folder: Path, model: Any, weights: dict[str, Any]) -> None:
     """Write what is trained of `model` into `folder`, from its whole state."""
-    folder.mkdir(parents=True, exist_ok=True)
-    trained = {name: weights[name] for name in _trained(model)}
-    pattern = "adapters{suffix}.safetensors"
-    save_torch_state_dict(trained, folder, filename_pattern=pattern, max_shard_size=shard_size)
+    write_tensors(folder, "adapters", {name: weights[name] for name in _trained(model)})
     (folder / _SETTINGS_FILE).write_text(json.dumps(_settings(model), sort_keys=True))
 
 
@@ -138,7 +134,7 @@ def read_adapters(folder: Path, model: Any, reads: bool) -> None:
         )
     if now is None:
         return
-    trained: dict[str, Any] = dict(_read(folder)) if reads else {}
+    trained: dict[str, Any] = dict(read_tensors(folder)) if reads else {}
     if reads and (differing := sorted(trained.keys() ^ set(now["trained"]))):
         raise ArchiveCorrupt(
             f"{folder} holds {len(trained)} of the {len(now['trained'])} tensors that were trained, and they differ in "
@@ -207,10 +203,3 @@ def _described(settings: dict[str, Any] | None) -> str:
     if settings is None:
         return "no adapters"
     return f"adapters of {len(settings['trained'])} tensors (rank {settings['rank']}, alpha {settings['alpha']})"
-
-
-def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                yield name, file.get_tensor(name)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,11 +21,11 @@ from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
 from moe_replay.archive.layout import MODEL_FOLDER
 from moe_replay.engines.adapters import ADAPTERS_FOLDER, is_adapted, merged_weights, read_adapters, write_adapters
+from moe_replay.engines.tensor_files import read_tensors, write_tensors
 from moe_replay.errors import ArchiveCorrupt
 
 OPTIMIZER_FOLDER = "optimizer"
 _SCALARS = "scalars.json"
-_SHARD_SIZE = "4GB"
 _ATTENTION = "sdpa"
 
 
@@ -52,7 +50,7 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
         if self.rank == 0:
             model: Any = self.model
             if is_adapted(model):
-                write_adapters(Path(local_path) / ADAPTERS_FOLDER, model, weights, _SHARD_SIZE)
+                write_adapters(Path(local_path) / ADAPTERS_FOLDER, model, weights)
                 model, weights = model.get_base_model(), merged_weights(model, weights)
             # transformers undoes its own renaming and fusing of experts, for every family it can load.
             model.save_pretrained(Path(local_path) / MODEL_FOLDER, state_dict=weights)
@@ -115,28 +113,18 @@ def _name_attention_anew(config_file: Path) -> None:
 
 def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, Any]) -> None:
     tensors = {
-        f"{parameter}/{slot}": _alone(torch.as_tensor(value))
+        f"{parameter}/{slot}": torch.as_tensor(value)
         for parameter, slots in state["state"].items()
         for slot, value in slots.items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    if tensors:
-        pattern = "optimizer{suffix}.safetensors"
-        save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=_SHARD_SIZE)
+    write_tensors(folder, "optimizer", tensors)
     document = {"param_groups": state["param_groups"], "scheduler": scheduler}
     (folder / _SCALARS).write_text(json.dumps(document, sort_keys=True))
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory of its own: gathered from uneven shards it is a part of what was padded."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
 def _read_state(folder: Path, param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     state: dict[str, dict[str, torch.Tensor]] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        for key, value in load_file(shard).items():
-            parameter, slot = key.rsplit("/", 1)
-            state.setdefault(parameter, {})[slot] = value
+    for key, value in read_tensors(folder):
+        parameter, slot = key.rsplit("/", 1)
+        state.setdefault(parameter, {})[slot] = value
     return {"state": state, "param_groups": param_groups}

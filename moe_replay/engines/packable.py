@@ -21,9 +21,10 @@ from moe_replay.errors import ConfigError
 from moe_replay.routing.model_shape import empty_model
 
 _CHUNKED = "chunked_attention"
-_FULL = {"full_attention", "attention"}
+WHOLE_ATTENTION = {"full_attention", "attention"}
+"""Kinds of layers, as `layer_types` names them, whose tokens attend to all before them."""
 _WITHOUT_ATTENTION = {"moe", "mlp"}  # in families where a mixer is a layer of its own (Nemotron-H)
-_APART = {*_FULL, *_WITHOUT_ATTENTION, "sliding_attention", _CHUNKED}
+_APART = {*WHOLE_ATTENTION, *_WITHOUT_ATTENTION, "sliding_attention", _CHUNKED}
 _MIXERS = re.compile(r"mamba|deltanet|conv|recurrent|lightning|linear_?attn|linear_?attention|indexer")
 
 
@@ -52,7 +53,7 @@ def require_packable(folder: Path, training: TrainingConfig, resources: Resource
             _require_positions_in_masks(model.get_decoder())
         return
     _require_heads(config, sharing)
-    windowed = {layer: kind for layer, kind in kinds.items() if kind not in _FULL | _WITHOUT_ATTENTION}
+    windowed = {layer: kind for layer, kind in kinds.items() if kind not in WHOLE_ATTENTION | _WITHOUT_ATTENTION}
     if training.attention == "sdpa" and windowed:
         raise ConfigError(
             f"ranks that share sequences attend to all of a sequence without flash attention, and {_told(windowed)}; "

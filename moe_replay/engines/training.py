@@ -63,8 +63,7 @@ class TrainingEngine:
     ):
         self._ranks = make_ranks(training, resources)
         self._packing = training.packing
-        self._shares = resources.training_shares
-        self._sharing = resources.training_sequence_parallel_size
+        self._world_size = resources.training_world_size
         self._beside_adapters = model if training.lora.rank else None
         """The weights that a checkpoint's adapters are added to."""
         self.micro_batch_tokens = training.micro_batch_tokens
@@ -184,7 +183,7 @@ class TrainingEngine:
                 raise
             tokens = sum(sequence.num_tokens for sequence in sequences)
             # Of one rank, as the config has it.
-            largest = min(-(-tokens // (self._shares * self._sharing)), self.micro_batch_tokens)
+            largest = min(-(-tokens // self._world_size), self.micro_batch_tokens)
             raise OutOfMemory(
                 f"a training pass over {len(sequences)} sequences of {tokens} tokens, in micro-batches of up to "
                 f"{largest}, ran out of memory ({str(error).splitlines()[0][:300]})",

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from verl.utils import ulysses
 
+from moe_replay.engines.packable import WHOLE_ATTENTION
 from moe_replay.errors import ConfigError
 
 NAME = "moe_replay_ulysses_sdpa"
@@ -23,7 +24,6 @@ _WITHOUT_EFFECT = {
     *("output_attentions", "output_hidden_states", "output_router_logits"),
 }
 """What families pass on to attention that changes nothing of it (`TransformersKwargs`, and what `forward` is given)."""
-_WHOLE = ("full_attention", "attention")
 
 
 def ulysses_sdpa(
@@ -63,7 +63,7 @@ def _require_plain(module: nn.Module, asked: dict[str, Any]) -> None:
         told = ", ".join(f"{name} = {_short(asked[name])}" for name in unknown)
         raise _beyond(f"asks more of attention ({told})")
     kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
-    if kinds and layer is not None and kinds[layer] not in _WHOLE:
+    if kinds and layer is not None and kinds[layer] not in WHOLE_ATTENTION:
         raise _beyond(f"has {kinds[layer]} in decoder layer {layer}")
 
 

@@ -1,5 +1,7 @@
 """What routes a model makes, from its config alone: it is built without weights, and its routers are looked up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,16 +39,27 @@ def router_shape(folder: Path) -> RouterShape:
     return RouterShape(layers, routers[0].num_experts, routers[0].top_k, decoder_layers)
 
 
+def model_config(folder: Path) -> Any:
+    """transformers' config of the model in `folder`, with its family's defaults; raises as `empty_model`."""
+    with _told_of(folder):
+        # Unless told otherwise, the library asks the user whether to run the model's code, and asks the hub for names.
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
 def empty_model(folder: Path) -> Any:
     """The model whose config.json lies in `folder`, without memory for its weights.
 
     Raises ConfigError when there is no such config on this machine, or it needs code of the model's own.
     """
+    config = model_config(folder)
+    with _told_of(folder), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+@contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
     try:
-        # Unless told otherwise, the library asks the user whether to run the model's code, and asks the hub for names.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        yield
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{folder} gives no model that can be built ({type(error).__name__}); name a folder with the config.json "
