@@ -38,7 +38,7 @@ def require_replayable(store: RunStore, iteration: int, methods: Sequence[Method
     tokens were served under several predictors.
     """
     rollout, _ = (committed(store, stage, iteration) for stage in ("rollout", "routes"))
-    versions = versions_by_predictor(rollout)
+    versions, predicted = versions_by_predictor(rollout), is_predicted(rollout)
     for method in methods:
         if method.route_source == "none":
             raise ConfigError(f"{method.label} replays no routes, so there is nothing to try; name r2, r3 or pr2")
@@ -56,7 +56,7 @@ def require_replayable(store: RunStore, iteration: int, methods: Sequence[Method
                 f"iteration {iteration} of run {store.run_id} were carried over {len(versions)} of these (weight "
                 f"versions {served}); name r2, or take a run without rollout.partial_response_tokens"
             )
-        if method.route_source == "rollout" and not method.predictor and is_predicted(rollout):
+        if method.route_source == "rollout" and not method.predictor and predicted:
             raise ConfigError(
                 f"{method.label} replays the routes of a rollout that was not predicted, and that of iteration "
                 f"{iteration} of run {store.run_id} was served under a predictor; take an earlier one, or a run of r3 "
