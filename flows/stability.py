@@ -1,6 +1,7 @@
 """Training under the stability alarm: a batch that passes a bound is not trained on before that is decided."""
 
 from prefect.exceptions import FlowPauseTimeout
+from prefect.futures import PrefectFuture
 
 from moe_replay.alarm import Action
 from moe_replay.archive.commits import ArtifactRef
@@ -12,20 +13,27 @@ from tasks.stages import configured, train_replayed
 
 
 def train_watched(
-    run: Run, n: int, policy: ArtifactRef, rollout: ArtifactRef, routes: ArtifactRef, predictor: ArtifactRef | None
+    run: Run,
+    n: int,
+    policy: ArtifactRef,
+    rollout: ArtifactRef,
+    routes: ArtifactRef,
+    predictor: ArtifactRef | None,
+    ahead: PrefectFuture[ArtifactRef] | None,
 ) -> ArtifactRef:
     """Train; where the alarm stops it, have it decided what becomes of the batch, and train as was decided.
 
+    `ahead` is a rollout at work meanwhile, which ends before somebody is asked: engines give back their memory then.
     Raises StabilityAlarm when nobody is there to decide, or nobody did in time.
     """
     while True:
         try:
             return configured(train_replayed, run.config.stages)(run, n, policy, rollout, routes, predictor)
         except StabilityAlarm as error:
-            settle(run, BatchAlarms(run.store(), n, rollout), error)
+            settle(run, BatchAlarms(run.store(), n, rollout), error, ahead)
 
 
-def settle(run: Run, batch: BatchAlarms, error: StabilityAlarm) -> None:
+def settle(run: Run, batch: BatchAlarms, error: StabilityAlarm, ahead: PrefectFuture[ArtifactRef] | None) -> None:
     """Decide by rule, or have a person decide in the Prefect UI; raises `error` where neither does.
 
     What was decided elsewhere meanwhile stands.
@@ -42,6 +50,8 @@ def settle(run: Run, batch: BatchAlarms, error: StabilityAlarm) -> None:
     # On the command line nobody sees a form; there the decision comes with `resume`.
     if not is_deployed():
         raise error
+    if ahead is not None:
+        ahead.wait()
     try:
         action = ask(run, alarm)
     except FlowPauseTimeout:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from prefect import flow
 from prefect.utilities.annotations import quote
 
+from flows.ahead import rolling_out_ahead
 from flows.stability import train_watched
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig
@@ -31,6 +32,8 @@ class Learned(NamedTuple):
     """Newest first, as many as a predictor is fitted from."""
     carried: ArtifactRef | None = None
     """The rollout whose unfinished responses are gone on with; none before the first, and without partial rollouts."""
+    rollout: ArtifactRef | None = None
+    """Of the next iteration, where it was made beside this one."""
 
 
 @flow(name="train", flow_run_name=training_name, persist_result=False, **LOGGED_FAILURES)
@@ -87,14 +90,17 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
     at_rollout = before.predictor if method.route_source == "rollout" else None
     at_old_pass = before.predictor if method.route_source == "old_log_prob" else None
 
-    rollout = configured(generate_rollouts, stages)(run, n, before.policy, at_rollout, before.carried)
-    routes = configured(archive_routes, stages)(run, n, rollout)
-    policy = train_watched(run, n, before.policy, rollout, routes, at_old_pass)
-    predictor, trainings = None, (policy, *before.trainings)[: run.config.predictor.window]
-    # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
-    if method.predictor and not is_skipped(run.open(policy)):
-        predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
+    rollout = before.rollout or configured(generate_rollouts, stages)(run, n, before.policy, at_rollout, before.carried)
+    carried = rollout if run.config.rollout.partial_response_tokens else None
+    with rolling_out_ahead(run, n + 1, before.policy, carried) as ahead:
+        routes = configured(archive_routes, stages)(run, n, rollout)
+        policy = train_watched(run, n, before.policy, rollout, routes, at_old_pass, ahead)
+        predictor, trainings = None, (policy, *before.trainings)[: run.config.predictor.window]
+        # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
+        if method.predictor and not is_skipped(run.open(policy)):
+            predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
+    # After the rollout ahead, which has the same engine.
     if run.plan.evaluates(n):
         configured(evaluate_policy, stages)(run, n, policy)
-    carried = rollout if run.config.rollout.partial_response_tokens else None
-    return Learned(policy, predictor, trainings, carried), track_iteration(run, tracked, n)
+    learned = Learned(policy, predictor, trainings, carried, ahead and ahead.result())
+    return learned, track_iteration(run, tracked, n)

@@ -71,6 +71,9 @@ class RolloutConfig(Config):
     default every response is sampled to its end."""
     oversampled_prompts: NonNegativeInt = 0
     """Prompts that partial rollouts have at work beside `prompts`: as many are carried into the next iteration."""
+    one_step_off: bool = False
+    """Roll out the next batch beside the training of this one, under the weights that this training starts from, so
+    that from the second batch on each is one update staler. By default a rollout waits for the update before it."""
     memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Share of a GPU's memory that vLLM may take; the rest is the trainer's, unless they take turns
     (resources.colocated). Has no effect on a CPU."""
@@ -302,6 +305,21 @@ class RunConfig(Config):
                 f"resources.rollout_replicas = {self.resources.rollout_replicas} engines have {shares} share(s) of the "
                 f"rollout batch of {sequences} sequences to work on; set rollout.share to "
                 f"{max(1, sequences // self.resources.rollout_replicas)} sequences or fewer, or lower the replicas"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rolls_out_beside_training(self) -> "RunConfig":
+        if self.rollout.one_step_off and self.resources.colocated:
+            raise ValueError(
+                "rollout.one_step_off = true rolls out while the trainer works, and with resources.colocated = true "
+                "the two take turns on the same GPUs; set one of them to false"
+            )
+        if self.rollout.one_step_off and self.method.predictor and self.method.route_source == "rollout":
+            raise ValueError(
+                "rollout.one_step_off = true has a rollout begin two steps before its own ends, and the predictor that "
+                f"{self.method.label} serves it with foretells one; give rollout.one_step_off = false, take r3, or "
+                "predict in the old pass, right before the step (method.route_source = 'old_log_prob')"
             )
         return self
 

@@ -129,4 +129,6 @@ def _begun(store: RunStore) -> int:
 def _since(store: RunStore, plan: RunPlan) -> int:
     """The first iteration that is not complete."""
     begun = _begun(store)
-    return begun - 1 if begun and missing_stages(store, plan, begun - 1) else begun
+    # The last may have been begun, by a rollout that is one step off, before the one before it was complete.
+    last = [n for n in (begun - 2, begun - 1) if n in plan.iterations]
+    return next((n for n in last if missing_stages(store, plan, n)), begun)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from rich import box
 from rich.console import Console, Group
@@ -19,6 +19,17 @@ _HEADINGS = {
 }
 
 
+class _At(NamedTuple):
+    """How far a stage is."""
+
+    done: int
+    total: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.done} of {self.total} {self.what}" if self.total else self.what
+
+
 class RunDisplay:
     """A live table on a terminal; elsewhere a line an iteration, and the table at the end."""
 
@@ -26,7 +37,7 @@ class RunDisplay:
         self._console = console
         self._title = title
         self._results: dict[int, dict[str, float]] = {}
-        self._status = "starting"
+        self._at_work = {"": _At(0, 0, "starting")}
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -37,15 +48,16 @@ class RunDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._status = "" if kind is None else "stopped"
+        self._at_work = {} if kind is None else {"": _At(0, 0, "stopped")}
         if self._console.is_terminal:
             self._live.stop()
         elif self._results:
             self._console.print(results_table(self._title, self._results))
 
     def on_progress(self, stage: str, done: int, total: int, what: str) -> None:
-        """Show what a stage is at."""
-        self._status = f"{stage}: {done} of {total} {what}" if total else f"{stage}: {what}"
+        """Show what a stage is at, beside others that are not through."""
+        others = {other: at for other, at in self._at_work.items() if other != stage and at.done < at.total}
+        self._at_work = {**others, stage: _At(done, total, what)}
 
     def on_result(self, _run_id: str, iteration: int, metrics: dict[str, float]) -> None:
         """Add an iteration's row."""
@@ -60,7 +72,8 @@ class RunDisplay:
         self._console.print(f"stability alarm, {told}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
     def _render(self) -> Group:
-        return Group(results_table(self._title, self._results), Text(self._status, style="dim"))
+        told = ", ".join(f"{stage}: {at}" if stage else str(at) for stage, at in self._at_work.items())
+        return Group(results_table(self._title, self._results), Text(told, style="dim"))
 
 
 def results_table(title: str, results: Mapping[int, dict[str, float]]) -> Table:

@@ -40,6 +40,10 @@ class EngineLost(ReplayError, RuntimeError):
     transient = True
 
 
+class EngineStopped(ReplayError, RuntimeError):
+    """Permanent: an engine was stopped at its work, since the run ends."""
+
+
 class OutOfMemory(ReplayError, RuntimeError):
     """Transient: an engine's memory did not do; a fresh engine has more, or is given less to hold at once."""
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
 from moe_replay.archive.artifacts import Artifact, RunStore
+from moe_replay.archive.commits import Commit
 from moe_replay.archive.layout import CHECKPOINT_FOLDER, COMMIT_FILE, IMPORTS_KEY, STAGES, RunLayout, superseded_stage
 from moe_replay.archive.leftovers import GRACE, claims_in, dead_claims, leftovers_of, unreferenced
 from moe_replay.archive.placement import Expiry
@@ -25,8 +26,9 @@ EXPIRING_STAGES = tuple(stage for stage in STAGES if stage != "evaluation")
 class Retention:
     """Which artifacts a user no longer wants; by default all are kept.
 
-    Whatever is asked, the newest iteration whose training is committed and all after it keep everything: the run goes
-    on from there. A run of imports, which nothing goes on from, keeps its newest iteration.
+    Whatever is asked, the newest iteration whose training is committed and all after it keep everything, since the run
+    goes on from there; and the one before it where rollouts are one step off. A run of imports, which nothing goes on
+    from, keeps its newest iteration.
     """
 
     older_than: timedelta | None = None
@@ -137,7 +139,8 @@ def _artifacts(store: RunStore, files: Files) -> tuple[list[Artifact], list[str]
 def _kept_from(artifacts: list[Artifact], imports: bool) -> int:
     """The iteration from which on everything is kept: that of the newest training, or predictor where one is fitted.
 
-    Between a training and its fit the predictor before is still needed, with the evidence that it carries.
+    Between a training and its fit the predictor before is still needed, with the evidence that it carries. A run
+    whose rollouts are one step off takes the next from the checkpoint before the newest.
     """
     lasts = ("routes",) if imports else ("training", "predictor")
     newest = [
@@ -145,7 +148,17 @@ def _kept_from(artifacts: list[Artifact], imports: bool) -> int:
         for stage in lasts
         if (iterations := [artifact.commit.iteration for artifact in artifacts if artifact.commit.stage == stage])
     ]
-    return min(newest, default=0)
+    return min(newest, default=0) - _steps_off([one.commit for one in artifacts if one.commit.stage == "rollout"])
+
+
+def _steps_off(rollouts: list[Commit]) -> int:
+    """Updates between the policy of the newest rollout and the one that trains on it."""
+    if not rollouts:
+        return 0
+    policy = rollouts[-1].inputs.get("policy")
+    place = RunLayout.place_of(policy.uri) if policy else None
+    # A policy that no stage of this run made is the one that its first iteration trains.
+    return rollouts[-1].iteration - (place[0] + 1 if place else rollouts[0].iteration)
 
 
 def _given_up(

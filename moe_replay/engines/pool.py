@@ -6,7 +6,7 @@ from pathlib import Path
 from moe_replay.config import ResourcesConfig, RolloutConfig, TrainingConfig
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess
-from moe_replay.errors import ConfigError, OutOfMemory
+from moe_replay.errors import ConfigError, EngineStopped, OutOfMemory
 
 
 class EnginePool:
@@ -32,6 +32,7 @@ class EnginePool:
         self._resources = resources
         self._logs = logs
         self._running: dict[str, EngineProcess] = {}
+        self._ended = False
         atexit.register(self.close)
 
     def start(self) -> None:
@@ -78,6 +79,11 @@ class EnginePool:
         if engine := self._running.pop(name, None):
             engine.stop()
 
+    def end(self) -> None:
+        """Stop all engines for good: what they are at in other threads ends with EngineStopped, as does a later use."""
+        self._ended = True
+        self.close()
+
     def close(self) -> None:
         """Stop all engines."""
         for name in list(self._running):
@@ -85,6 +91,8 @@ class EnginePool:
         atexit.unregister(self.close)
 
     def _get(self, name: str, build: str, arguments: tuple, environment: dict[str, str]) -> EngineProcess:
+        if self._ended:
+            raise EngineStopped(f"no {name} engine is started any more, since the run ends")
         engine = self._running.get(name)
         if engine is None or not engine.alive:
             self.discard(name)

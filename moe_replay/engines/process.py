@@ -21,7 +21,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from moe_replay.engines.memory import ran_out_of_memory
-from moe_replay.errors import EngineFailed, EngineLost, OutOfMemory, ReplayError
+from moe_replay.errors import EngineFailed, EngineLost, EngineStopped, OutOfMemory, ReplayError
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) while a stage works."""
@@ -55,6 +55,7 @@ class EngineProcess:
         theirs.close()
         self._idle = True
         self._broken_off = False
+        self._stopped = False
 
     @property
     def pid(self) -> int:
@@ -75,6 +76,7 @@ class EngineProcess:
         Raises:
             EngineLost: the process died; its log says why. Or a call before this one was broken off by an exception
                 of `progress` or from outside: the engine is still at that work, and its next answer belongs to it.
+            EngineStopped: another thread stopped the engine before or during the call.
             ReplayError: what the function, or the building of the engine, raised of ours.
             OutOfMemory: an allocation failed; the engine may hold half of what it was making.
             EngineFailed: what it raised besides.
@@ -85,9 +87,9 @@ class EngineProcess:
                 "still at that work; stop it and start a fresh one"
             )
         self._idle = False
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._connection.send((function, args))
         try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._connection.send((function, args))
             while True:
                 kind, payload = self._receive()
                 if kind == "progress":
@@ -101,23 +103,32 @@ class EngineProcess:
                 if kind == "failure":
                     raise EngineFailed(f"the {self.name} engine failed: {payload}; the traceback is in {self.log}")
                 return payload
-        except (EOFError, ConnectionResetError) as error:
-            raise self._lost() from error
+        except (EOFError, OSError) as error:
+            if self._stopped:
+                raise EngineStopped(f"the {self.name} engine was stopped while at work, since the run ends") from error
+            if isinstance(error, (EOFError, ConnectionResetError)):
+                raise self._lost() from error
+            raise
         finally:
             self._broken_off = not self._idle
 
     def stop(self) -> None:
-        """End the engine and everything it started. Harmless when it is gone already."""
+        """End the engine and everything it started. Harmless when it is gone already.
+
+        A call that another thread has it work on ends with EngineStopped.
+        """
+        self._stopped = True
         if self._idle:
             # An engine at rest leaves by itself when it is told, and cleans up.
             with contextlib.suppress(OSError):
                 self._connection.send(_LEAVE)
             self._process.join(_STOP_SECONDS)
-        self._connection.close()
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
             self._process.join(_STOP_SECONDS)
+        # Last, for another thread may be reading from it until the process is gone.
+        self._connection.close()
 
     def _receive(self) -> tuple[str, Any]:
         # Waiting in short turns lets Prefect's time-outs and cancellations reach this thread.

@@ -1,7 +1,8 @@
 """Responses that a rollout leaves unfinished and the next one goes on with: what of them is stored, and where from.
 
 Beside the samples of a partial rollout lie `carried-*.parquet`, a row a response, and `partial.json`, which tells where
-tokens of each weight version come from. Weight version v is the policy that iteration v rolls out under.
+tokens of each weight version come from. Weight version v is the policy that iteration v trains; it rolls out
+under the same, or with one_step_off under the one before.
 """
 
 from collections.abc import Iterator, Sequence

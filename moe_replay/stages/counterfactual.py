@@ -64,7 +64,7 @@ def replay_counterfactually(
     needed = any(one.method.predictor and not one.is_captured for one in tried)
     predictor = _predictor(engine, run, iteration) if needed else None
     replay = _Replay(engine, run, Responses.of(read_answers(rollout)), predictor)
-    replay.route_all(tried, rollout.commit.inputs["policy"], committed(run.store(), "routes", iteration), progress)
+    replay.route_all(tried, _trained(run, iteration), committed(run.store(), "routes", iteration), progress)
     replay.judge_all(tried, checkpoint, progress)
     place = RunLayout.place_of(checkpoint.uri)
     assert place is not None
@@ -76,6 +76,13 @@ def replay_counterfactually(
         layers_predicted=None if predictor is None else len(predictor.weights),
         methods={one.method.label: one.summary(replay.responses) for one in tried},
     )
+
+
+def _trained(run: Run, iteration: int) -> ArtifactRef:
+    """The policy that an iteration trains; a rollout one step off is of the one before."""
+    if iteration > run.plan.iterations.start:
+        return committed(run.store(), "training", iteration - 1).ref
+    return run.forked_from.policy if run.forked_from else run.initial_policy
 
 
 def _predictor(engine: TrainingEngine, run: Run, iteration: int) -> EvolutionPredictor:

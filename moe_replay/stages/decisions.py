@@ -136,13 +136,14 @@ class BatchAlarms(NamedTuple):
 
 
 def waiting_batch(store: RunStore) -> BatchAlarms | None:
-    """The batch of a run that waits for a decision; at most one does, since nothing goes on without it."""
+    """The batch of a run that waits for a decision; at most one does, since no training goes on without it."""
     for iteration in reversed(store.iterations()):
+        if store.commit_of("training", iteration) is not None:
+            break
+        # A rollout that is one step off may be there before the batch before it is decided on.
         rollout = store.commit_of("rollout", iteration)
-        if rollout is not None:
-            batch = BatchAlarms(store, iteration, rollout)
-            done = store.commit_of("training", iteration) is not None
-            return batch if not done and batch.waiting() is not None else None
+        if rollout is not None and (batch := BatchAlarms(store, iteration, rollout)).waiting() is not None:
+            return batch
     return None
 
 

@@ -72,8 +72,9 @@ def _has(plan: RunPlan | None, document: dict[str, Any], iteration: int, stage: 
 
 
 def _following(store: RunStore, plan: RunPlan, found: dict[int, list[StageStatus]]) -> tuple[int, str] | None:
-    # A run is made in order, so that only its newest iteration can lack anything.
+    # A run is made in order, so that only its newest iteration can lack anything, and the one before where the newest
+    # has its rollout alone, which was one step off.
     begun = [n for n, stages in found.items() if any(one.state == "committed" for one in stages)]
     newest = begun[-1] if begun else plan.iterations.start
-    missing = [(n, missing_stages(store, plan, n)) for n in (newest, newest + 1) if n in plan.iterations]
+    missing = [(n, missing_stages(store, plan, n)) for n in (newest - 1, newest, newest + 1) if n in plan.iterations]
     return next(((n, stages[0]) for n, stages in missing if stages), None)

@@ -41,16 +41,16 @@ def groups_at_work(run: Run, iteration: int, before: Artifact | None) -> list[Pr
 
 
 def about_rollout(
-    run: Run, iteration: int, groups: Sequence[PromptGroup], before: Artifact | None, origin: RouteOrigin
+    run: Run, version: int, groups: Sequence[PromptGroup], before: Artifact | None, origin: RouteOrigin
 ) -> PartialAbout:
-    """What is to be known of a rollout of these groups, whose new tokens are of `origin`."""
+    """What is to be known of a rollout of these groups, whose new tokens are of `origin`, weight version `version`."""
     about = read_about(before) if before else None
-    origins = (about.origins if about else {}) | {iteration: origin}
+    origins = (about.origins if about else {}) | {version: origin}
     versions = sorted(set().union(*(group.versions() for group in groups)))
     return PartialAbout(
         prompts_drawn=1 + max(group.drawn for group in groups),
         data_sha256=run.train.sha256,
-        origins={version: origins[version] for version in versions},
+        origins={one: origins[one] for one in versions},
     )
 
 
@@ -84,12 +84,16 @@ def requests_of(run: Run, unfinished: Sequence[tuple[PromptGroup, int]]) -> list
     ]
 
 
-def staleness_metrics(samples: Sequence[Sample], iteration: int) -> dict[str, float]:
-    """`rollout/*` of `docs/methods.md`, over the response tokens that are trained on."""
-    versions = [version for sample in samples for version in sample.weight_versions or []]
-    staleness_T = iteration - np.array(versions)
+def staleness_metrics(samples: Sequence[Sample], iteration: int, own: int) -> dict[str, float]:
+    """`rollout/*` of `docs/methods.md`, over the response tokens that are trained on.
+
+    `own` is the weight version of the rollout, which that of a sample is where it tells none.
+    """
+    versions = [v for sample in samples for v in sample.weight_versions or [own] * len(sample.response_ids)]
+    versions_T = np.array(versions)
+    staleness_T = iteration - versions_T
     return {
         "rollout/staleness_mean": float(staleness_T.mean()),
         "rollout/staleness_max": float(staleness_T.max()),
-        "rollout/carried_tokens": float((staleness_T > 0).mean()),
+        "rollout/carried_tokens": float((versions_T < own).mean()),
     }

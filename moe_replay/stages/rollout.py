@@ -48,13 +48,15 @@ def generate_rollouts(
     before = run.carried(carried, iteration) if run.config.rollout.partial_response_tokens else None
     writer = run.store().begin("rollout", iteration, inputs, run.digest("rollout"))
     load_policy(engine, run, policy, (predictor, iteration) if predictor else None)
-    origin = _origin(engine, run, policy)
+    origin, version = _origin(engine, run, policy), run.weight_version(policy)
     if run.config.rollout.partial_response_tokens is None:
         samples = _sample_to_the_end(engine, progress, run, iteration)
         metrics = sample_metrics(samples)
     else:
-        samples = _sample_in_rounds(engine, progress, run, iteration, before, origin, writer)
-        metrics = sample_metrics(samples) | staleness_metrics(samples, iteration)
+        samples = _sample_in_rounds(engine, progress, run, iteration, version, before, origin, writer)
+        metrics = sample_metrics(samples)
+    if run.config.rollout.partial_response_tokens or run.config.rollout.one_step_off:
+        metrics |= staleness_metrics(samples, iteration, version)
     write_samples(writer, samples)
     engine.rest()
     if engine.merge_fidelity is not None:
@@ -81,6 +83,7 @@ def _sample_in_rounds(
     progress: Progress,
     run: Run,
     iteration: int,
+    version: int,
     before: Artifact | None,
     origin: RouteOrigin,
     writer: StageWriter,
@@ -95,10 +98,10 @@ def _sample_in_rounds(
 
         responses = engine.generate(requests_of(run, unfinished), settings.temperature, told)
         for (group, member), response in zip(unfinished, responses, strict=True):
-            group.take(member, response, iteration, settings.max_response_tokens)
+            group.take(member, response, version, settings.max_response_tokens)
 
     trained, left = sample_until_whole(groups, settings.prompts, sample_round)
-    write_carried(writer, left, about_rollout(run, iteration, groups, before, origin))
+    write_carried(writer, left, about_rollout(run, version, groups, before, origin))
     members = [(group, member) for group in range(len(trained)) for member in trained[group].begun]
     return [
         make_sample(number, group, trained[group].prompt, member.response, member.weight_versions)

@@ -118,6 +118,14 @@ class Run(BaseModel):
         """Stands for the model that the run starts from."""
         return ArtifactRef(uri=_INITIAL, sha256=self.model_sha256)
 
+    def weight_version(self, policy: ArtifactRef) -> int:
+        """The iteration that trains these weights: 0 for the model, n + 1 for what iteration n made of them."""
+        fork = self.forked_from
+        if fork is not None and policy == fork.policy:
+            return fork.iteration
+        place = RunLayout.place_of(policy.uri)
+        return place[0] + 1 if place else 0
+
     @contextmanager
     def policy(self, ref: ArtifactRef, with_optimizer: bool) -> Iterator[Policy]:
         """The weights a reference stands for, on local disk and verified, for as long as they are being loaded."""

@@ -64,7 +64,7 @@ class Answer:
     reward: float
     truncated: bool
     weight_versions: list[int] | None = None
-    """The iteration whose policy sampled each response token; none where that is the rollout's own for all of them."""
+    """The iteration that trains the policy which sampled each response token; none where all are the rollout's own."""
 
     def __post_init__(self) -> None:
         if self.weight_versions is not None and len(self.weight_versions) != len(self.response_ids):
