@@ -63,7 +63,10 @@ def _key(run: Run) -> str:
     """Runs at work at the same time have engines of their own; a process can answer one caller at a time."""
     if not _keepers:
         return f"{run.root}/{run.run_id}"
-    return f"{run.model} {run.model_sha256} {run.config.model_dump_json(include={'rollout', 'training', 'resources'})}"
+    sections = {"rollout", "training", "resources"}
+    # When a batch is sampled is nothing to the engine that samples it.
+    settings = run.config.model_dump_json(include=sections, exclude={"rollout": {"one_step_off"}})
+    return f"{run.model} {run.model_sha256} {settings}"
 
 
 def _close_unused() -> None:

@@ -184,6 +184,18 @@ def test_padded_sequences_are_not_shared_among_ranks():
         parse_config({"resources": {"training_world_size": 2, "training_sequence_parallel_size": 2}})
 
 
+def test_rollouts_beside_training_take_devices_of_their_own():
+    with pytest.raises(ConfigError, match="take turns on the same GPUs; set one of them to false"):
+        parse_config({"rollout": {"one_step_off": True}, "resources": {"colocated": True}})
+
+
+def test_a_predictor_serves_no_rollout_that_begins_before_it_is_fitted():
+    with pytest.raises(ConfigError, match="two steps before its own ends, and the predictor that pr2"):
+        parse_config({"rollout": {"one_step_off": True}, "method": "pr2"})
+    predicted = {"name": "pr2", "route_source": "old_log_prob"}
+    assert parse_config({"rollout": {"one_step_off": True}, "method": predicted}).method.predictor
+
+
 def test_flash_attention_computes_in_bfloat16():
     with pytest.raises(ConfigError, match=r"computes in bfloat16, and training\.dtype = 'float32'"):
         parse_config({"training": {"attention": "flash_attention_2"}})

@@ -153,10 +153,10 @@ def _kept_from(artifacts: list[Artifact], imports: bool) -> int:
 
 def _steps_off(rollouts: list[Commit]) -> int:
     """Updates between the policy of the newest rollout and the one that trains on it."""
-    if not rollouts:
+    policy = rollouts[-1].inputs.get("policy") if rollouts else None
+    if policy is None:
         return 0
-    policy = rollouts[-1].inputs.get("policy")
-    place = RunLayout.place_of(policy.uri) if policy else None
+    place = RunLayout.place_of(policy.uri)
     # A policy that no stage of this run made is the one that its first iteration trains.
     return rollouts[-1].iteration - (place[0] + 1 if place else rollouts[0].iteration)
 

@@ -476,3 +476,17 @@ def test_a_foreign_folder_with_claims_in_it_is_left_alone(tmp_path):
     leave_claim(store, timedelta(days=1))
     store.folder.write("_lease/notes.txt", b"mine")
     assert find_unborn(str(tmp_path), NO_GRACE) == Findings([], [])
+
+
+@pytest.mark.parametrize(("iterations", "kept"), [(1, [0]), (2, [0, 1]), (3, [1, 2])])
+def test_a_run_whose_rollouts_are_one_step_off_keeps_the_checkpoint_that_the_next_is_sampled_from(
+    store, iterations, kept
+):
+    store.create_run({"seed": 1})
+    model = ArtifactRef(uri="model://initial", sha256="0" * 64)
+    trained = []
+    for n in range(iterations):
+        rollout = commit_stage(store, n, "rollout", {"policy": [model, model, *trained][n]})
+        trained.append(commit_stage(store, n, "training", {"policy": [model, *trained][n], "rollout": rollout}))
+    clean(store, Retention(keep_last_checkpoint=True))
+    assert [n for n, training in enumerate(trained) if store.open(training).expiry is None] == kept

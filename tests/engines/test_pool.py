@@ -8,7 +8,7 @@ import pytest
 
 from moe_replay.config import ResourcesConfig, RunConfig
 from moe_replay.engines.pool import EnginePool
-from moe_replay.errors import ConfigError, OutOfMemory
+from moe_replay.errors import ConfigError, EngineStopped, OutOfMemory
 
 
 @pytest.fixture
@@ -43,6 +43,12 @@ def test_engines_that_take_turns_are_not_started_ahead(tmp_path: Path) -> None:
     before = psutil.Process().children()
     pool.start()
     assert set(psutil.Process().children()) <= set(before)
+
+
+def test_a_pool_that_has_ended_starts_no_engine_for_a_stage_that_is_still_at_work(pool: EnginePool) -> None:
+    pool.end()
+    with pytest.raises(EngineStopped, match="no rollout engine is started any more"):
+        pool.rollout()
 
 
 def test_an_engine_that_can_hold_the_longest_sequence_alone_gets_no_less(pool: EnginePool) -> None:

@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
 from moe_replay.engines.process import EngineProcess, no_progress
-from moe_replay.errors import EngineLost, OutOfMemory, RoutingMismatch
+from moe_replay.errors import EngineLost, EngineStopped, OutOfMemory, RoutingMismatch
 
 
 def start(tmp_path: Path, build: str = "process_calls:Counter", **environment: str) -> EngineProcess:
@@ -95,6 +97,20 @@ def test_an_engine_whose_call_was_broken_off_takes_no_other(engine):
 
 def interrupted(*_):
     raise KeyboardInterrupt
+
+
+def test_a_call_ends_when_another_thread_stops_the_engine_and_is_not_to_be_tried_again(engine):
+    asleep = threading.Event()
+    with ThreadPoolExecutor(1) as other:
+        call = other.submit(engine.call, "process_calls:sleep", lambda *_: asleep.set(), 600)
+        assert asleep.wait(60)
+        engine.stop()
+        with pytest.raises(EngineStopped, match="counter engine was stopped while at work") as stopped:
+            call.result(10)
+    assert not stopped.value.transient
+    assert wait_until_gone(engine.pid)
+    with pytest.raises(EngineStopped):
+        engine.call("process_calls:add", no_progress, 1)
 
 
 def test_an_engine_killed_at_work_is_lost_with_exit_code_and_log(engine):

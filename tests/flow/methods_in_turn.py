@@ -1,4 +1,4 @@
-"""Compare all methods over two iterations on the same engines, then run two variants of PR2; prints what came of it.
+"""Compare all methods over two iterations on the same engines, then run their variants; prints what came of it.
 
 PR2 by its defaults uses no predictor so early; the variants may. Called as `methods_in_turn.py FOLDER SETTINGS`,
 settings as a JSON object of dotted keys.

@@ -60,6 +60,16 @@ def test_the_methods_own_counterfactual_is_what_the_run_measured(compared: Compa
     assert 0 < found.methods["r2"].coverage_gap < found.methods["r3"].coverage_gap
 
 
+def test_r2_takes_its_routes_from_the_policy_that_is_trained_also_where_the_rollout_was_one_step_off(
+    compared: Compared, ask: Ask
+) -> None:
+    found = ask("one-step-off", ["r2", "r3"])
+
+    trained = compared.metrics("one-step-off", 1)
+    assert found.methods["r3"].kl_k3 == pytest.approx(trained["mismatch/kl_k3"], abs=1e-6)
+    assert found.methods["r2"].agreement_L == (1.0,) * len(found.layers)
+
+
 def test_on_a_rollout_that_was_predicted_its_own_routes_are_pr2s(compared: Compared, ask: Ask) -> None:
     found = ask("at-once", ["r2", "pr2"])
 

@@ -102,6 +102,28 @@ def test_pr2_rolls_out_under_the_predictor_that_was_fitted_before_and_evaluates_
     assert store.commit_of("predictor", 1) is not None
 
 
+def test_a_rollout_one_step_off_is_of_the_policy_before_and_training_goes_on_from_its_own(compared: Compared) -> None:
+    store = compared.store("one-step-off")
+    first, rollout, routes, training = (
+        store.committed(stage, n) for stage, n in (("rollout", 0), ("rollout", 1), ("routes", 1), ("training", 1))
+    )
+    assert first is not None
+    assert rollout is not None
+    assert routes is not None
+    assert training is not None
+    initial, trained = first.commit.inputs["policy"], store.commit_of("training", 0)
+    assert rollout.commit.inputs == {"policy": initial}
+    assert training.commit.inputs == {"policy": trained, "rollout": rollout.ref, "routes": routes.ref}
+    assert RouteArchive.open(routes).provenance.origins[0].weights_sha256 == initial.sha256
+    staleness = [compared.metrics("one-step-off", n)["rollout/staleness_mean"] for n in (0, 1)]
+    assert staleness == [0, 1]
+    # The first batch is that of r3, and so is what is learned from it; the second is of other weights.
+    assert first.commit.objects == compared.store("r3").committed("rollout", 0).commit.objects
+    kl = "mismatch/kl_k3"
+    assert compared.metrics("one-step-off", 0)[kl] == compared.metrics("r3", 0)[kl]
+    assert compared.metrics("one-step-off", 1)[kl] > 2 * compared.metrics("r3", 1)[kl]
+
+
 def test_the_authors_variant_predicts_in_the_old_log_prob_pass_and_leaves_the_rollout_alone(
     compared: Compared,
 ) -> None:

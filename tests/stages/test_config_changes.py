@@ -197,3 +197,12 @@ def test_where_a_later_change_began_earlier_it_holds_from_there():
     plan = RunPlan.stored(store)
     assert [(before.config.evaluation.every, before.until) for before in plan.earlier] == [(3, 2), (4, 2)]
     assert [plan.evaluates(n) for n in range(4)] == [False, False, True, True]
+
+
+def test_a_change_holds_from_the_iteration_at_work_though_the_next_was_sampled_already(config):
+    run = go_on(config)
+    commit_iteration(run, 0)
+    commit_iteration(run, 1, "rollout", "routes")
+    commit_iteration(run, 2, "rollout")
+    changed = go_on(config, "evaluation", evaluation__samples=1)
+    assert [before.until for before in changed.plan.earlier] == [1]

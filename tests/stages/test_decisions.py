@@ -91,6 +91,13 @@ def test_the_waiting_batch_of_a_run_is_found(batch):
     assert waiting_batch(batch.store) is None
 
 
+def test_the_waiting_batch_is_found_though_the_next_was_sampled_already(batch):
+    batch.store.begin("rollout", 4, {}, "d").commit()
+    assert waiting_batch(batch.store) == batch
+    batch.store.begin("training", 3, {}, "d").commit()
+    assert waiting_batch(batch.store) is None
+
+
 def test_a_decision_is_of_one_rollout(batch):
     batch.decide(GRPO, "skip", "person")
     other = BatchAlarms(batch.store, 3, ArtifactRef(uri=batch.rollout.uri, sha256="b" * 64))

@@ -39,6 +39,15 @@ def test_the_next_stage_is_the_first_that_is_not_committed(store):
     assert (seen.following, seen.is_over, len(seen.stages)) == (None, True, 8)
 
 
+def test_a_rollout_one_step_off_leaves_the_iteration_before_it_at_work(store):
+    commit(store, 0, "rollout", "routes")
+    commit(store, 1, "rollout")
+    seen = RunOverview.of(store)
+    assert (seen.following, seen.settled()) == ((0, "training"), {})
+    commit(store, 0, "training", "evaluation")
+    assert RunOverview.of(store).following == (1, "routes")
+
+
 def test_stages_that_the_run_has_not_are_not_shown(store):
     commit(store, 0, "rollout")
     assert [(one.stage, one.state) for one in RunOverview.of(store).stages] == [

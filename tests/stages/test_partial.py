@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_replay.archive.artifacts import Artifact, RunStore
+from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.archive.routes import RouteArchive, RouteOrigin
 from moe_replay.config import RunConfig
@@ -19,6 +20,7 @@ from moe_replay.config_reading import load_config
 from moe_replay.engines.process import no_progress
 from moe_replay.engines.rollout import Response
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
+from moe_replay.plan import ForkPoint
 from moe_replay.preparation import prepare
 from moe_replay.routing.trace import RoutingTrace
 from moe_replay.stages.carrying import PartialAbout, PromptGroup, read_about, read_carried, route_changes, write_carried
@@ -69,8 +71,9 @@ def stretch(begun: Sequence[int], most: int, length: int, version: int, prompt: 
 class Rollouts:
     """Rollouts of a run one after the other; a response of the group drawn i-th is as long as `lengths` say."""
 
-    def __init__(self, run: Run, lengths: Sequence[Sequence[int]]) -> None:
+    def __init__(self, run: Run, lengths: Sequence[Sequence[int]], steps_off: int = 0) -> None:
         self.run = run
+        self.steps_off = steps_off
         self.lengths = lengths
         self.requests: list[tuple[int, int]] = []
         """(Seed, tokens so far) of all that was asked."""
@@ -81,7 +84,7 @@ class Rollouts:
 
     def next(self, iteration: int, before: Artifact | None) -> tuple[list[PromptGroup], Artifact]:
         """The groups trained on, and what was committed."""
-        rollout = self.run.config.rollout
+        rollout, version = self.run.config.rollout, max(0, iteration - self.steps_off)
         assert rollout.partial_response_tokens is not None
         groups = groups_at_work(self.run, iteration, before)
 
@@ -91,12 +94,12 @@ class Rollouts:
             for (group, member), request in zip(unfinished, requests, strict=True):
                 assert request.max_new_tokens is not None
                 length = self.length(group.drawn, member)
-                new = stretch(request.begun, request.max_new_tokens, length, iteration)
-                group.take(member, new, iteration, rollout.max_response_tokens)
+                new = stretch(request.begun, request.max_new_tokens, length, version)
+                group.take(member, new, version, rollout.max_response_tokens)
 
         trained, left = sample_until_whole(groups, rollout.prompts, sample_round)
         writer = self.run.store().begin("rollout", iteration, {}, "digest")
-        write_carried(writer, left, about_rollout(self.run, iteration, groups, before, origin_of(iteration)))
+        write_carried(writer, left, about_rollout(self.run, version, groups, before, origin_of(version)))
         members = [(number, group, one) for number, group in enumerate(trained) for one in group.begun]
         write_samples(
             writer,
@@ -105,7 +108,7 @@ class Rollouts:
                 for i, (number, group, one) in enumerate(members)
             ],
         )
-        ref = writer.commit(attributes=origin_of(iteration).model_dump(mode="json"))
+        ref = writer.commit(attributes=origin_of(version).model_dump(mode="json"))
         return trained, self.run.open(ref)
 
 
@@ -130,7 +133,7 @@ def partial(run: Run, **rollout: int) -> Run:
 @given(st.data())
 def test_every_batch_is_whole_and_every_prompt_drawn_is_trained_on_once_and_soon(run, data):
     longest, prompts, responses = (data.draw(st.integers(*bounds)) for bounds in ((1, 9), (1, 3), (2, 3)))
-    most, beside = data.draw(st.integers(1, 10)), data.draw(st.integers(1, 5))
+    most, beside, steps_off = (data.draw(st.integers(*bounds)) for bounds in ((1, 10), (1, 5), (0, 1)))
     of_group = st.lists(st.integers(1, longest), min_size=responses, max_size=responses)
     lengths = data.draw(st.lists(of_group, min_size=1, max_size=7))
     run = partial(
@@ -141,8 +144,8 @@ def test_every_batch_is_whole_and_every_prompt_drawn_is_trained_on_once_and_soon
         partial_response_tokens=most,
         oversampled_prompts=beside,
     )
-    rollouts, before, seen = Rollouts(run, lengths), None, []
-    bound = max(0, ceil(longest / most) - 2) + ceil(beside / prompts)
+    rollouts, before, seen = Rollouts(run, lengths, steps_off), None, []
+    bound = max(0, ceil(longest / most) - 2) + ceil(beside / prompts) + steps_off
     for iteration in range(5):
         trained, before = rollouts.next(iteration, before)
         assert len(trained) == prompts
@@ -197,12 +200,36 @@ def test_each_token_keeps_the_log_prob_the_version_and_the_route_of_when_it_was_
     fed_under = [0, 0, *[0, 0, 0], *[1, 1, 1], *[2, 2]]
     assert long.trace.ids_TLK[:-1, 0, 0].tolist() == [route(version, row) for row, version in enumerate(fed_under)]
     assert short.trace.ids_TLK[:-1, 1, 0].tolist() == [route(v, row) for row, v in enumerate([0, 0, 0, 0, 0, 1, 1])]
-    assert staleness_metrics(third, 2) == {
+    assert staleness_metrics(third, 2, 2) == {
         "rollout/staleness_mean": pytest.approx((6 + 3 + 6 + 2) / 13),
         "rollout/staleness_max": 2.0,
         "rollout/carried_tokens": pytest.approx(11 / 13),
     }
-    assert staleness_metrics(second, 1)["rollout/staleness_max"] == 0.0
+    assert staleness_metrics(second, 1, 1)["rollout/staleness_max"] == 0.0
+    # One step off, trained on an iteration later; its own tokens are not those that were carried.
+    assert staleness_metrics(third, 3, 2) == {
+        "rollout/staleness_mean": pytest.approx((6 + 3 + 6 + 2) / 13 + 1),
+        "rollout/staleness_max": 3.0,
+        "rollout/carried_tokens": pytest.approx(11 / 13),
+    }
+
+
+def test_a_policy_is_of_the_weight_version_that_trains_it(run):
+    trained = ArtifactRef(uri="iterations/00004/training", sha256="a" * 64)
+    assert [run.weight_version(policy) for policy in (run.initial_policy, trained)] == [0, 5]
+    there = ArtifactRef(uri="file:///runs/other/iterations/00002/training", sha256="b" * 64)
+    fork = ForkPoint(
+        root="file:///runs",
+        run_id="other",
+        iteration=3,
+        model_sha256=run.model_sha256,
+        policy=there,
+        predictor=None,
+        trainings=(),
+        lineage=("other",),
+    )
+    forked = run.model_copy(update={"forked_from": fork})
+    assert [forked.weight_version(policy) for policy in (there, trained)] == [3, 5]
 
 
 def test_the_archive_says_of_each_row_under_which_weights_it_was_routed(run):
