@@ -2,11 +2,12 @@
 
     python benchmarks/iteration_cost.py [--rounds 5] [--iterations 6] [--set key=value]...
 
-Each round runs three short runs in turn, in changing order, on one pair of engines:
+Each round runs four short runs in turn, in changing order, on one pair of engines:
 
-flow         `flows.train`: Prefect (a flow run an iteration, a task run a stage), MLflow, artifacts on disk
-bare, disk   the stages' own functions called one after the other; artifacts on the same disk
-bare, RAM    the same with artifacts on a file system in memory
+flow            `flows.train`: Prefect (a flow run an iteration, a task run a stage), MLflow, artifacts on disk
+flow, step off  the same with rollouts beside training (rollout.one_step_off)
+bare, disk      the stages' own functions called one after the other; artifacts on the same disk
+bare, RAM       the same with artifacts on a file system in memory
 
 The bare loop has no Prefect, no MLflow, no progress, no look for what is committed and no figures. It still
 serialises, hashes, writes and commits each stage's artifacts, and reads and verifies them for the next stage, since
@@ -38,6 +39,7 @@ from moe_replay.servers import prefect_server
 from moe_replay.stages.run import Run
 
 RAM = "/dev/shm"
+STEP_OFF = "flow, step off"
 Times = dict[str, list[list[float]]]
 """Seconds of each iteration by row of the table and round."""
 
@@ -68,14 +70,17 @@ def main() -> None:
 
 
 def measure(rounds: int, settings: dict[str, Any], disk: str, ram: str) -> Times:
-    """The three ways in turn; a round before the first warms the engines up and is not counted."""
-    ways = {"flow": disk, "bare, disk": disk, "bare, RAM": ram}
+    """The four ways in turn; a round before the first warms the engines up and is not counted."""
+    ways = {"flow": disk, STEP_OFF: disk, "bare, disk": disk, "bare, RAM": ram}
     times: Times = {}
     for turn in range(-1, rounds):
         for way in sorted(ways, reverse=turn % 2 == 1):
-            config = load_config(None, {**settings, "storage.root": Path(ways[way]).as_uri()})
+            beside = {"rollout.one_step_off": way == STEP_OFF}
+            config = load_config(None, {**settings, **beside, "storage.root": Path(ways[way]).as_uri()})
             name = f"cost-{uuid.uuid4().hex[:8]}"
-            found = _flow(config, name) if way == "flow" else _bare(config, name)
+            found = {"iteration": (_bare if "bare" in way else _flow)(config, name)}
+            if way == "flow":
+                found |= _task_seconds(name, config.iterations)
             if way == "bare, RAM":
                 found |= {"storage work": _store_again(RunStore(ways[way], name))}
             if turn >= 0:
@@ -85,15 +90,14 @@ def measure(rounds: int, settings: dict[str, Any], disk: str, ram: str) -> Times
     return times
 
 
-def _flow(config: RunConfig, name: str) -> dict[str, list[float]]:
+def _flow(config: RunConfig, name: str) -> list[float]:
     from flows.train import train
 
     train(config, name)
-    ran = _task_seconds(name, config.iterations)
-    return {"iteration": _between_iterations(RunStore(str(config.storage.root), name)), **ran}
+    return _between_iterations(RunStore(str(config.storage.root), name))
 
 
-def _bare(config: RunConfig, name: str) -> dict[str, list[float]]:
+def _bare(config: RunConfig, name: str) -> list[float]:
     from moe_replay.preparation import prepare
     from tasks.engines import engines_of
 
@@ -101,7 +105,7 @@ def _bare(config: RunConfig, name: str) -> dict[str, list[float]]:
     pool, policy = engines_of(run), run.initial_policy
     for n in range(config.iterations):
         policy = _iterate(pool, run, n, policy)
-    return {"iteration": _between_iterations(run.store())}
+    return _between_iterations(run.store())
 
 
 def _iterate(pool: EnginePool, run: Run, n: int, policy: Any) -> Any:
@@ -177,7 +181,7 @@ def table(times: Times) -> str:
     """Rows of seconds per iteration, then what they say of each other, by round."""
     lines = [_row(name, list(itertools.chain(*rounds)), "s") for name, rounds in times.items()]
     medians = {name: [statistics.median(seconds) for seconds in rounds] for name, rounds in times.items()}
-    flow, disk, ram = (medians[name] for name in ("flow", "bare, disk", "bare, RAM"))
+    flow, beside, disk, ram = (medians[name] for name in ("flow", STEP_OFF, "bare, disk", "bare, RAM"))
     added = [a - b for a, b in zip(flow, disk, strict=True)]
     named = [a + b for a, b in zip(medians["MLflow"], medians["results table"], strict=True)]
     lines.append(_row("flow - bare, disk: orchestration", added, "s"))
@@ -185,6 +189,7 @@ def table(times: Times) -> str:
     lines.append(_row("bare, disk - bare, RAM", [a - b for a, b in zip(disk, ram, strict=True)], "s"))
     lines.append(_row("flow / bare, disk", [a / b for a, b in zip(flow, disk, strict=True)], ""))
     lines.append(_row("flow / bare, RAM", [a / b for a, b in zip(flow, ram, strict=True)], ""))
+    lines.append(_row("flow, step off / flow", [a / b for a, b in zip(beside, flow, strict=True)], ""))
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from prefect import flow
 from prefect.utilities.annotations import quote
 
-from flows.ahead import rolling_out_ahead
+from flows.beside import beside
 from flows.stability import train_watched
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig
@@ -85,22 +85,28 @@ def start_of(run: Run) -> Learned:
 @sending_heartbeats()
 def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, dict[str, float]]:
     """Roll out, archive the routes, train under them, fit the predictor, evaluate; returns also the metrics."""
-    stages, method = run.config.stages, run.config.method
+    config, method = run.config, run.config.method
+    roll_out, evaluate = (configured(stage, config.stages) for stage in (generate_rollouts, evaluate_policy))
     # The pass whose routes are replayed is the one that is predicted.
     at_rollout = before.predictor if method.route_source == "rollout" else None
     at_old_pass = before.predictor if method.route_source == "old_log_prob" else None
 
-    rollout = before.rollout or configured(generate_rollouts, stages)(run, n, before.policy, at_rollout, before.carried)
-    carried = rollout if run.config.rollout.partial_response_tokens else None
-    with rolling_out_ahead(run, n + 1, before.policy, carried) as ahead:
-        routes = configured(archive_routes, stages)(run, n, rollout)
+    rollout = before.rollout or roll_out(run, n, before.policy, at_rollout, before.carried)
+    carried = rollout if config.rollout.partial_response_tokens else None
+    goes_ahead = config.rollout.one_step_off and n + 1 in run.plan.iterations
+    ahead = roll_out.submit(run, n + 1, before.policy, None, carried) if goes_ahead else None
+    evaluates = run.plan.evaluates(n)
+    with beside(run, ahead):
+        routes = configured(archive_routes, config.stages)(run, n, rollout)
         policy = train_watched(run, n, before.policy, rollout, routes, at_old_pass, ahead)
-        predictor, trainings = None, (policy, *before.trainings)[: run.config.predictor.window]
-        # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
-        if method.predictor and not is_skipped(run.open(policy)):
-            predictor = configured(fit_predictor, stages)(run, n, trainings, before.predictor)
-    # After the rollout ahead, which has the same engine.
-    if run.plan.evaluates(n):
-        configured(evaluate_policy, stages)(run, n, policy)
+        # One engine samples for both: behind a rollout ahead the evaluation waits its turn.
+        evaluated = evaluate.submit(run, n, policy) if evaluates and not ahead else None
+        predictor, trainings = None, (policy, *before.trainings)[: config.predictor.window]
+        with beside(run, evaluated):
+            # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
+            if method.predictor and not is_skipped(run.open(policy)):
+                predictor = configured(fit_predictor, config.stages)(run, n, trainings, before.predictor)
+    if evaluates and ahead:
+        evaluate(run, n, policy)
     learned = Learned(policy, predictor, trainings, carried, ahead and ahead.result())
     return learned, track_iteration(run, tracked, n)
