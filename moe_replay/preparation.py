@@ -19,7 +19,7 @@ from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
 from moe_replay.holding import require_lease
-from moe_replay.places import home_folder, run_root
+from moe_replay.places import home_folder, is_hub_name, run_root
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.routing.declared import read_model_config, require_experts
 from moe_replay.stages.run import DataFile, Run
@@ -128,7 +128,7 @@ def locate_model(path: str, files: Sequence[str] = _MODEL_FILES) -> Path:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.path {path} is a folder without config.json; give a Hugging Face model's folder")
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_name(path):
         raise ConfigError(
             f"model.path {path} does not exist; give a model's folder, a hub name owner/model, or one of "
             f"{', '.join(tiny.RECIPES)}"
