@@ -70,6 +70,9 @@ def prepare(
     """
     preflight(config, run_id, allow_config_change)
     run = run_with_inputs(config, run_id, progress, forked_from)
+    _require_room_for_carried(run)
+    if config.model.path not in tiny.RECIPES:
+        _require_attention_support(run)
     run = _create(run, allow_config_change)
     run.require_origin()
     return run
@@ -169,6 +172,25 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
 
 def _data_file(path: Path) -> DataFile:
     return DataFile(path=path.absolute(), sha256=PromptTable.open(path).digest)
+
+
+def _require_room_for_carried(run: Run) -> None:
+    """Refuse to carry more prompts of partial rollouts than there are, since some would be at work several times."""
+    carried = run.config.rollout.oversampled_prompts
+    if carried and carried > (rows := len(run.train.open())):
+        raise ConfigError(
+            f"rollout.oversampled_prompts = {carried} prompts are carried from iteration to iteration, and "
+            f"{run.config.data.train} has {rows}: the same would be carried several times at once; set it to {rows} or "
+            f"less (tokens are up to oversampled_prompts / prompts = {carried / run.config.rollout.prompts:.3g} "
+            "iterations older when they are trained on)"
+        )
+
+
+def _require_attention_support(run: Run) -> None:
+    """Refuse attention that the model's family does not have: ranks would refuse it once they have started."""
+    from moe_replay.engines.attention_support import require_attention_support
+
+    require_attention_support(run.model, run.config.training)
 
 
 def _require_adaptable(run: Run) -> None:
