@@ -39,6 +39,7 @@ def preflight(config: RunConfig, run_id: str, allow_config_change: Sequence[str]
     check_changeable(allow_config_change)
     store = RunStore(run_root(config), run_id)
     check_inputs(config, store)
+    _require_room_for_carried(config)
     if store.exists():
         require_same_config(store, config, allow_config_change)
 
@@ -69,10 +70,9 @@ def prepare(
             another model or gone.
     """
     preflight(config, run_id, allow_config_change)
-    run = run_with_inputs(config, run_id, progress, forked_from)
-    _require_room_for_carried(run)
     if config.model.path not in tiny.RECIPES:
-        _require_attention_support(run)
+        _require_attention_support(config)
+    run = run_with_inputs(config, run_id, progress, forked_from)
     run = _create(run, allow_config_change)
     run.require_origin()
     return run
@@ -174,23 +174,27 @@ def _data_file(path: Path) -> DataFile:
     return DataFile(path=path.absolute(), sha256=PromptTable.open(path).digest)
 
 
-def _require_room_for_carried(run: Run) -> None:
+def _require_room_for_carried(config: RunConfig) -> None:
     """Refuse to carry more prompts of partial rollouts than there are, since some would be at work several times."""
-    carried = run.config.rollout.oversampled_prompts
-    if carried and carried > (rows := len(run.train.open())):
+    carried, table = config.rollout.oversampled_prompts, config.data.train
+    if not carried:
+        return
+    embedded = tiny.RECIPES.get(config.model.path, tiny.RECIPES[EMBEDDED])
+    rows = embedded.train_rows if table == EMBEDDED else len(PromptTable.open(_table_file(table)))
+    if carried > rows:
         raise ConfigError(
-            f"rollout.oversampled_prompts = {carried} prompts are carried from iteration to iteration, and "
-            f"{run.config.data.train} has {rows}: the same would be carried several times at once; set it to {rows} or "
-            f"less (tokens are up to oversampled_prompts / prompts = {carried / run.config.rollout.prompts:.3g} "
-            "iterations older when they are trained on)"
+            f"rollout.oversampled_prompts = {carried} prompts are carried from iteration to iteration, and data.train "
+            f"({table}) has {rows}: the same would be carried several times at once; set it to {rows} or less (tokens "
+            f"are up to oversampled_prompts / prompts = {carried / config.rollout.prompts:.3g} iterations older when "
+            "they are trained on)"
         )
 
 
-def _require_attention_support(run: Run) -> None:
+def _require_attention_support(config: RunConfig) -> None:
     """Refuse attention that the model's family does not have: ranks would refuse it once they have started."""
     from moe_replay.engines.attention_support import require_attention_support
 
-    require_attention_support(run.model, run.config.training)
+    require_attention_support(locate_model(config.model.path, ["config.json"]), config.training)
 
 
 def _require_adaptable(run: Run) -> None:

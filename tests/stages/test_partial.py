@@ -19,7 +19,7 @@ from moe_replay.config_reading import load_config, overridden, parse_config
 from moe_replay.engines.process import no_progress
 from moe_replay.engines.rollout import Response
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
-from moe_replay.preparation import prepare
+from moe_replay.preparation import preflight, prepare
 from moe_replay.routing.trace import RoutingTrace
 from moe_replay.stages.carrying import PartialAbout, PromptGroup, read_about, read_carried, route_changes, write_carried
 from moe_replay.stages.partial import about_rollout, groups_at_work, requests_of, sample_until_whole, staleness_metrics
@@ -301,9 +301,11 @@ def test_a_stretch_is_shorter_than_the_longest_response(most, longest):
 
 def test_no_prompt_is_carried_twice_at_once(config):
     carrying = {"rollout.partial_response_tokens": 2, "rollout.prompts": 4}
-    told = r"oversampled_prompts = 17 .*train\.parquet has 16: .*set it to 16 or less .* = 4\.25 iterations older"
+    told = r"oversampled_prompts = 17 .*train\.parquet\) has 16: .*set it to 16 or less .* = 4\.25 iterations older"
     with pytest.raises(ConfigError, match=told):
-        prepare(overridden(config, {**carrying, "rollout.oversampled_prompts": 17}), "carries", no_progress)
+        preflight(overridden(config, {**carrying, "rollout.oversampled_prompts": 17}), "carries")
+    with pytest.raises(ConfigError, match=r"4097 .*data\.train \(embedded\) has 4096"):
+        preflight(load_config(None, {**carrying, "rollout.oversampled_prompts": 4097}), "carries")
     assert not RunStore(config.storage.root or "", "carries").exists()
     prepare(overridden(config, {**carrying, "rollout.oversampled_prompts": 16}), "carries", no_progress)
 
