@@ -102,11 +102,12 @@ def test_no_iteration_to_keep_is_refused(tmp_path):
         gc("run-1", keep_iterations=0, root=str(tmp_path))
 
 
-def test_in_a_pipe_a_row_is_a_line_whatever_the_width_of_a_terminal(store, tmp_path):
-    words = ["archive", "gc", "run-1", "--grace", "0s", "--older-than", "0s", "--root", str(tmp_path)]
+def test_in_a_pipe_a_row_is_a_line_whatever_the_width_of_a_terminal(store, command, tmp_path):
+    words = ("run-1", "--grace", "0s", "--older-than", "0s")
+    found = json.loads(command(*words, "--json"))["removable"]
+    piped = arguments("archive", "gc", *words, "--root", str(tmp_path))
     narrow = {**os.environ, "COLUMNS": "40"}
-    done = subprocess.run(arguments(*words), capture_output=True, text=True, timeout=60, env=narrow, check=True)
+    done = subprocess.run(piped, capture_output=True, text=True, timeout=60, env=narrow, check=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
-    found = json.loads(subprocess.check_output([*arguments(*words), "--json"], timeout=60))["removable"]
     assert [row.split("│")[1].strip() for row in rows] == [one["name"] for one in found] + ["all"]
     assert [row.split("│")[2].strip() for row in rows[:-1]] == [one["why"] for one in found]
