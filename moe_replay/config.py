@@ -67,10 +67,11 @@ class RolloutConfig(Config):
     how sums are rounded: results depend on it, and on nothing else of how replicas share out the work."""
     partial_response_tokens: PositiveInt | None = None
     """Partial rollouts: tokens by which responses grow before it is looked at which prompts have all theirs. As soon as
-    `prompts` have, the rollout ends, and what is unfinished goes on in the next iteration, under its weights. By
-    default every response is sampled to its end."""
+    `prompts` have, the rollout ends, and what is unfinished goes on in the next iteration, under its weights. Less than
+    `max_response_tokens`. By default every response is sampled to its end."""
     oversampled_prompts: NonNegativeInt = 0
-    """Prompts that partial rollouts have at work beside `prompts`: as many are carried into the next iteration."""
+    """Prompts that partial rollouts have at work beside `prompts`: as many are carried into the next iteration, at most
+    those that the data has."""
     one_step_off: bool = False
     """Roll out the next batch beside the training of this one, under the weights that this training starts from, so
     that from the second batch on each is one update staler. By default a rollout waits for the update before it."""
@@ -85,6 +86,13 @@ class RolloutConfig(Config):
                 f"partial_response_tokens = {self.partial_response_tokens or NONE} and oversampled_prompts = "
                 f"{self.oversampled_prompts}: partial rollouts need both, for without prompts beside those that are "
                 "trained on nothing can be left unfinished; give both, or neither (none and 0)"
+            )
+        if self.partial_response_tokens is not None and self.partial_response_tokens >= self.max_response_tokens:
+            raise ValueError(
+                f"partial_response_tokens = {self.partial_response_tokens} lets every response reach its end, at most "
+                f"max_response_tokens = {self.max_response_tokens}, in one round, so that none is ever left "
+                "unfinished and batches only get older; set it below max_response_tokens, or turn partial rollouts "
+                "off (none, and oversampled_prompts = 0)"
             )
         return self
 

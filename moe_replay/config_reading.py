@@ -17,6 +17,15 @@ AConfig = TypeVar("AConfig", bound=Config)
 
 _NEAR = 0.8
 """How alike an unknown key and a known one must be to be taken for it: `training` is no slip for `tracking`."""
+_LIST, _TABLE = "Input should be a valid list", "Input should be a valid table"
+_IN_TOML = {
+    "tuple_type": _LIST,
+    "dict_type": _TABLE,
+    "model_type": _TABLE,
+    "too_short": "List should have at least {min_length} item(s), not {actual_length}",
+    "too_long": "List should have at most {max_length} item(s), not {actual_length}",
+}
+"""By pydantic's type of error, what it says of Python's types in the words of TOML."""
 
 
 def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -92,8 +101,11 @@ def _explain(problem: Any, schema: type[Config]) -> str:
     """One line for one of pydantic's findings, with the nearest key where a key is unknown."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        message = problem["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        told = _IN_TOML.get(problem["type"])
+        message = told.format(**problem.get("ctx", {})) if told else problem["msg"].removeprefix("Value error, ")
+        value = problem["input"]
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        given = "" if isinstance(value, dict) else f" (given: {shown})"
         return f"{where}: {message}{given}" if where else message
     model: Any = schema
     for part in problem["loc"][:-1]:

@@ -1,16 +1,33 @@
 """Forking a run: another goes on from what it committed before an iteration, under settings that may differ."""
 
+from collections.abc import Mapping
 from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from moe_replay.archive.artifacts import Artifact, ArtifactRef, RunStore
 from moe_replay.config import RunConfig
+from moe_replay.config_reading import document_with, parse_config
+from moe_replay.dotted import dotted
 from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
 from moe_replay.places import run_root
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.preparation import prepare
+from moe_replay.settings import NONE
 from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run
+
+_SAMPLING = ("seed", "data", "rollout")
+"""Of the config, what has to stay for unfinished responses to go on."""
+
+
+class LeftBehind(NamedTuple):
+    """Work of partial rollouts that a fork does not go on with."""
+
+    prompts: int
+    """Those that the rollout before the fork left unfinished, or finished and not trained on."""
+    changed: tuple[str, ...]
+    """The keys because of which, dotted."""
 
 
 def fork_run(source: RunStore, root: str, iteration: int, config: RunConfig, run_id: str, progress: Progress) -> Run:
@@ -32,6 +49,35 @@ def fork_run(source: RunStore, root: str, iteration: int, config: RunConfig, run
             f"--set iterations={iteration + 1}"
         )
     return prepare(config, run_id, progress, forked_from=fork_point(source, root, iteration, config))
+
+
+def forked_config(source: RunStore, overrides: Mapping[str, Any]) -> RunConfig:
+    """The source's config with dotted overrides laid over it.
+
+    Raises ConfigError as `load_config`, and where they take away the adapters that the source trains.
+    """
+    stored = RunPlan.stored(source).config
+    document = document_with(overrides, stored.model_dump(mode="json"))
+    training = document["training"]
+    lora = training.get("lora") if isinstance(training, dict) else None
+    rank = lora.get("rank") if isinstance(lora, dict) else lora
+    if stored.training.lora.rank and rank in (0, NONE):
+        # As a config by itself it may be refused too, but for keys that say how adapters are trained.
+        raise _other_adapters(source, [f"training.lora.rank ({stored.training.lora.rank} -> 0)"])
+    return parse_config(document)
+
+
+def left_behind(source: RunStore, config: RunConfig) -> LeftBehind | None:
+    """What a fork of the source under `config` leaves behind of its partial rollouts; none where it goes on with all.
+
+    Raises as `RunPlan.stored`.
+    """
+    theirs = RunPlan.stored(source).config
+    if theirs.rollout.partial_response_tokens is None or _samples_alike(theirs, config):
+        return None
+    before, after = (dotted(one.model_dump(mode="json", include={*_SAMPLING})) for one in (theirs, config))
+    # A partial rollout has as many prompts at work beyond its batch, whatever the lengths of responses.
+    return LeftBehind(theirs.rollout.oversampled_prompts, tuple(key for key in before if before[key] != after[key]))
 
 
 def fork_point(source: RunStore, root: str, iteration: int, config: RunConfig) -> ForkPoint:
@@ -70,11 +116,15 @@ def _require_same_adapters(source: RunStore, plan: RunPlan, config: RunConfig) -
     theirs, ours = (one.training.lora.model_dump(mode="json") for one in (plan.config, config))
     changed = [f"training.lora.{key} ({theirs[key]!r} -> {ours[key]!r})" for key in theirs if theirs[key] != ours[key]]
     if changed:
-        raise ConfigError(
-            f"a fork trains on what its source trained, adapters or all weights, and this one changes "
-            f"{', '.join(changed)} of run {source.run_id}: leave training.lora as it is, or start a new run from the "
-            "weights, which each checkpoint holds merged (--set model.path=.../checkpoint/huggingface)"
-        )
+        raise _other_adapters(source, changed)
+
+
+def _other_adapters(source: RunStore, changed: list[str]) -> ConfigError:
+    return ConfigError(
+        f"a fork trains on what its source trained, adapters or all weights, and this one changes "
+        f"{', '.join(changed)} of run {source.run_id}: leave training.lora as it is, or start a new run from the "
+        "weights, which each checkpoint holds merged (--set model.path=.../checkpoint/huggingface)"
+    )
 
 
 def _require_trained(source: RunStore, plan: RunPlan, iteration: int) -> None:
@@ -108,8 +158,7 @@ def _require_there(artifact: Artifact) -> None:
 
 def _carried(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig) -> ArtifactRef | None:
     """The rollout whose unfinished responses the new run goes on with, if it samples as the source does."""
-    sections = ("seed", "data", "rollout")
-    if config.rollout.partial_response_tokens is None or config.digest(*sections) != plan.config.digest(*sections):
+    if config.rollout.partial_response_tokens is None or not _samples_alike(plan.config, config):
         return None
     rollout = source.committed("rollout", iteration - 1)
     assert rollout is not None
@@ -118,10 +167,14 @@ def _carried(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig)
             f"objects of {rollout.name} were removed by retention on {rollout.expiry.on:%Y-%m-%d} "
             f"({rollout.expiry.why}), and with them the unfinished responses that this fork would go on with; take a "
             "later iteration, or leave them behind by another rollout.* than the source's (for example --set "
-            f"rollout.oversampled_prompts={config.rollout.oversampled_prompts + 1})"
+            f"rollout.oversampled_prompts={config.rollout.oversampled_prompts - 1 or 2})"
         )
     rollout.require_present()
     return _from_elsewhere(rollout)
+
+
+def _samples_alike(one: RunConfig, other: RunConfig) -> bool:
+    return one.digest(*_SAMPLING) == other.digest(*_SAMPLING)
 
 
 def _trainings(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig) -> tuple[ArtifactRef, ...]:

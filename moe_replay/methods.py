@@ -82,10 +82,11 @@ class Method(BaseModel):
         if isinstance(given, dict):
             if given.get("importance_threshold") == "none":  # TOML has no null
                 given = {**given, "importance_threshold": None}
-            missing = [] if given.get("name") in PRESETS else [key for key in _GRPO if key not in given]
+            missing = [] if str(given.get("name")) in PRESETS else [key for key in _GRPO if key not in given]
             if [key for key in missing if key != "importance_threshold"]:
+                found = f"no preset is named {given['name']!r}" if "name" in given else "the table has no name"
                 raise ValueError(
-                    f"no preset is named {given.get('name')!r} (known are {', '.join(PRESETS)}), and a method of your "
+                    f"{found} (known are {', '.join(PRESETS)}), and a method of your "
                     f"own needs every field: {', '.join(missing)} missing"
                 )
             return {**PRESETS.get(str(given.get("name")), {}), **given}

@@ -12,6 +12,11 @@ def home_folder() -> Path:
     return Path(os.environ.get("MOE_REPLAY_HOME") or ".moe-replay").expanduser().absolute()
 
 
+def is_hub_name(model: str) -> bool:
+    """Whether a model that is no folder can be meant as one of the hub, `owner/model`."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
+
+
 def as_argument(run_id: str, root: str | None) -> str:
     """The run as a command has to name it; `root` is `storage.root`, none for the default."""
     return f"{run_id} --root {root}" if root else run_id

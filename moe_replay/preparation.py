@@ -19,7 +19,7 @@ from moe_replay.engines.process import Progress
 from moe_replay.environment import make_home
 from moe_replay.errors import ConfigError
 from moe_replay.holding import require_lease
-from moe_replay.places import home_folder, run_root
+from moe_replay.places import home_folder, is_hub_name, run_root
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.routing.declared import read_model_config, require_experts
 from moe_replay.stages.run import DataFile, Run
@@ -39,6 +39,7 @@ def preflight(config: RunConfig, run_id: str, allow_config_change: Sequence[str]
     check_changeable(allow_config_change)
     store = RunStore(run_root(config), run_id)
     check_inputs(config, store)
+    _require_room_for_carried(config)
     if store.exists():
         require_same_config(store, config, allow_config_change)
 
@@ -69,6 +70,8 @@ def prepare(
             another model or gone.
     """
     preflight(config, run_id, allow_config_change)
+    if config.model.path not in tiny.RECIPES:
+        _require_attention_support(config)
     run = run_with_inputs(config, run_id, progress, forked_from)
     run = _create(run, allow_config_change)
     run.require_origin()
@@ -128,7 +131,7 @@ def locate_model(path: str, files: Sequence[str] = _MODEL_FILES) -> Path:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.path {path} is a folder without config.json; give a Hugging Face model's folder")
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_name(path):
         raise ConfigError(
             f"model.path {path} does not exist; give a model's folder, a hub name owner/model, or one of "
             f"{', '.join(tiny.RECIPES)}"
@@ -169,6 +172,29 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
 
 def _data_file(path: Path) -> DataFile:
     return DataFile(path=path.absolute(), sha256=PromptTable.open(path).digest)
+
+
+def _require_room_for_carried(config: RunConfig) -> None:
+    """Refuse to carry more prompts of partial rollouts than there are, since some would be at work several times."""
+    carried, table = config.rollout.oversampled_prompts, config.data.train
+    if not carried:
+        return
+    embedded = tiny.RECIPES.get(config.model.path, tiny.RECIPES[EMBEDDED])
+    rows = embedded.train_rows if table == EMBEDDED else len(PromptTable.open(_table_file(table)))
+    if carried > rows:
+        raise ConfigError(
+            f"rollout.oversampled_prompts = {carried} prompts are carried from iteration to iteration, and data.train "
+            f"({table}) has {rows}: the same would be carried several times at once; set it to {rows} or less (tokens "
+            f"are up to oversampled_prompts / prompts = {carried / config.rollout.prompts:.3g} iterations older when "
+            "they are trained on)"
+        )
+
+
+def _require_attention_support(config: RunConfig) -> None:
+    """Refuse attention that the model's family does not have: ranks would refuse it once they have started."""
+    from moe_replay.engines.attention_support import require_attention_support
+
+    require_attention_support(locate_model(config.model.path, ["config.json"]), config.training)
 
 
 def _require_adaptable(run: Run) -> None:

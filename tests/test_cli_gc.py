@@ -1,10 +1,13 @@
 """`moe-replay archive gc` as a user meets it."""
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from command import arguments
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import STAGES
@@ -97,3 +100,14 @@ def test_a_run_with_a_damaged_document_does_not_keep_others_from_being_cleaned(s
 def test_no_iteration_to_keep_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="keep at least 1"):
         gc("run-1", keep_iterations=0, root=str(tmp_path))
+
+
+def test_in_a_pipe_a_row_is_a_line_whatever_the_width_of_a_terminal(store, command, tmp_path):
+    words = ("run-1", "--grace", "0s", "--older-than", "0s")
+    found = json.loads(command(*words, "--json"))["removable"]
+    piped = arguments("archive", "gc", *words, "--root", str(tmp_path))
+    narrow = {**os.environ, "COLUMNS": "40"}
+    done = subprocess.run(piped, capture_output=True, text=True, timeout=60, env=narrow, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == [one["name"] for one in found] + ["all"]
+    assert [row.split("│")[2].strip() for row in rows[:-1]] == [one["why"] for one in found]

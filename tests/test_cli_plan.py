@@ -1,6 +1,8 @@
 """`moe-replay plan` as a user meets it, on the shapes of published models."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +139,33 @@ def test_what_is_told_next_is_the_run_that_was_planned(command):
     config = Path(__file__).parents[1] / "configs" / "qwen3-30b-a3b.toml"
     told = command("qwen3-30b-a3b", "--config", str(config)).splitlines()[-1]
     assert told.endswith(f" run {config} --set model.path=MODEL")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A Hugging Face cache that holds the config of one model."""
+    snapshot = tmp_path / "models--allenai--OLMoE-1B-7B-0924/snapshots/0123abc"
+    snapshot.mkdir(parents=True)
+    shutil.copy(MODELS / "olmoe-1b-7b.json", snapshot / "config.json")
+    (tmp_path / "models--allenai--OLMoE-1B-7B-0924/refs").mkdir()
+    (tmp_path / "models--allenai--OLMoE-1B-7B-0924/refs/main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_model_of_the_hub_is_planned_by_name_from_the_cache(command, cache):
+    told = command(Path("allenai/OLMoE-1B-7B-0924"))
+    assert "olmoe: 16 MoE layers of 16, top-8 of 64 experts" in told
+    assert told.splitlines()[-1].endswith(" run CONFIG.toml --set model.path=allenai/OLMoE-1B-7B-0924")
+
+
+def test_a_model_of_the_hub_that_is_not_cached_is_refused_with_what_fetches_its_config(command, cache):
+    told = rf"not in the cache {re.escape(str(cache))}; fetch it with: hf download Qwen/Qwen3-30B-A3B config\.json"
+    with pytest.raises(ConfigError, match=told):
+        command(Path("Qwen/Qwen3-30B-A3B"))
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "folder/config.json", "owner/no--name", "model"])
+def test_what_is_neither_here_nor_a_name_of_the_hub_is_refused(command, cache, name):
+    with pytest.raises(ConfigError, match=f"{name}.* can't be read.*give a Hugging Face model's folder"):
+        command(Path(name))

@@ -122,6 +122,51 @@ def test_no_key_outside_the_schema_is_accepted(section, key):
         parse_config({section: {f"{key}_x": 1}})
 
 
+def keys_below(model, prefix=()) -> list[tuple[str, ...]]:
+    found = []
+    for name, field in model.model_fields.items():
+        found.append((*prefix, name))
+        for inner in models_in(field.annotation):
+            found += keys_below(inner, (*prefix, name))
+    return found
+
+
+def complaint_about(key: tuple[str, ...], value) -> str:
+    document = value
+    for part in reversed(key):
+        document = {part: document}
+    try:
+        parse_config(document)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("value", [3, 2.5, "text", True, [], [1, 2, 3], ["x"], {"a": 1}], ids=repr)
+def test_a_value_of_a_wrong_kind_is_told_in_the_words_of_toml(value):
+    told = [complaint_about(key, value) for key in keys_below(RunConfig)]
+    assert len([one for one in told if one]) > len(SECTIONS)
+    assert [one for one in told if re.search(r"[Tt]uple|[Dd]ictionary|instance of|given: True|None", one)] == []
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"rollout": 3}, "rollout: Input should be a valid table (given: 3)"),
+        ({"training": {"adam_betas": 0.9}}, "training.adam_betas: Input should be a valid list (given: 0.9)"),
+        ({"training": {"adam_betas": [0.9, 0.9, 0.9]}}, "List should have at most 2 item(s), not 3"),
+        ({"predictor": {"shrinkage": []}}, "predictor.shrinkage: List should have at least 1 item(s), not 0"),
+        ({"model": {"path": True}}, "model.path: Input should be a valid string (given: true)"),
+        ({"method": {"name": ["r3"]}}, "no preset is named ['r3']"),
+        ({"method": {"clip_low": 0.1}}, "method: the table has no name (known are grpo"),
+    ],
+    ids=str,
+)
+def test_lists_and_tables_are_called_so(document, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        parse_config(document)
+
+
 def test_every_wrong_key_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
         parse_config({"iterations": 0, "seed": -1, "model": {"pth": "x"}})

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -24,9 +24,18 @@ Settings = Annotated[
     Parameter(name="--set", negative="", help="A setting as key=value with a dotted key; may be repeated."),
 ]
 
-out = Console()
+_UNWRAPPED = 1 << 16
+"""Characters of a line, where no terminal has to show it."""
+
+
+def _width(stream: TextIO) -> int | None:
+    """A terminal's own; what goes to a file or another program has a line a row, whatever COLUMNS says."""
+    return None if stream.isatty() else _UNWRAPPED
+
+
+out = Console(width=_width(sys.stdout))
 """Standard output, for results."""
-err = Console(stderr=True)
+err = Console(stderr=True, width=_width(sys.stderr))
 """Standard error, for what a program that reads the results must not see."""
 _nowhere = Console(quiet=True, force_terminal=False)
 

@@ -8,7 +8,15 @@ from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
 
-from moe_replay.cli.console import Json, Root, command_name, err, out, run_and_iteration
+from moe_replay.cli.console import (
+    Json,
+    Quiet,
+    Root,
+    command_name,
+    console_for_progress,
+    out,
+    run_and_iteration,
+)
 from moe_replay.cli.running import holding_from_here
 from moe_replay.config import RunConfig
 from moe_replay.config_reading import document_with, parse_as, parse_override
@@ -30,6 +38,7 @@ def evaluate(
     set_: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
     root: Root = None,
     json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score a checkpoint on benchmarks, with settings of its own.
 
@@ -59,15 +68,17 @@ def evaluate(
         overrides["model.path"] = model
     if root is not None:
         overrides["storage.root"] = root
-    done = _run_flow(parse_as(EvaluationRequest, document_with(overrides)), id_)
+    done = _run_flow(parse_as(EvaluationRequest, document_with(overrides)), id_, quiet)
     if json_:
         print(json.dumps(done._asdict()))
+    elif quiet:
+        print(done.evaluation_id)
     else:
         _show(done, root)
 
 
-def _run_flow(request: "EvaluationRequest", evaluation_id: str | None) -> "Evaluated":
-    """Run the flow in this process, showing on standard error what it is at."""
+def _run_flow(request: "EvaluationRequest", evaluation_id: str | None, quiet: bool) -> "Evaluated":
+    """Run the flow in this process, showing on standard error what it is at, unless `quiet`."""
     from moe_replay.evaluations import check_evaluation
 
     # Before Prefect is imported: that takes seconds, and wants to make its home.
@@ -78,7 +89,7 @@ def _run_flow(request: "EvaluationRequest", evaluation_id: str | None) -> "Evalu
     with (
         holding_from_here(RunConfig(storage=request.storage), own_id),
         prefect_server(make_home()) as wait_for_prefect,
-        err.status("starting Prefect") as status,
+        console_for_progress(as_json=True, quiet=quiet).status("starting Prefect") as status,
     ):
         from flows.evaluate import evaluate as evaluation_flow
         from tasks.progress import listening

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Root, Settings, command_name, err, out, root_of
-from moe_replay.config_reading import overridden, parse_override
+from moe_replay.config_reading import parse_override
 from moe_replay.places import as_argument
 
 
@@ -39,21 +39,26 @@ def fork(
     new_root
         fsspec URL under which the new run lies; by default beside the other.
     """
-    from moe_replay.forking import fork_run
-    from moe_replay.plan import stored_config
+    from moe_replay.forking import fork_run, forked_config, left_behind
 
     url = root_of(root)
     source = RunStore(url, run_id)
-    stored = stored_config(source)
     # A fork of a compared run is no part of the comparison.
     overrides = {"storage.root": new_root or root, "tracking.comparison": None}
-    config = overridden(stored, overrides | dict(parse_override(text) for text in set_ or []))
+    config = forked_config(source, overrides | dict(parse_override(text) for text in set_ or []))
     name = as_ or f"{run_id[:42]}-{iteration}-{time.strftime('%m%d')}-{uuid.uuid4().hex[:4]}"
     made = fork_run(source, url, iteration, config, name, _progress)
     named = as_argument(name, config.storage.root)
+    left = left_behind(source, config)
     if json_:
-        print(json.dumps({"run_id": name, "root": made.root, "forked_from": run_id, "first_iteration": iteration}))
+        about = {"run_id": name, "root": made.root, "forked_from": run_id, "first_iteration": iteration}
+        print(json.dumps(about | {"prompts_left_behind": left.prompts if left else 0}))
         return
+    if left:
+        _say(
+            f"left behind: {left.prompts} prompts that the rollout of iteration {iteration - 1} carried, with what was "
+            f"sampled of their responses, because {', '.join(left.changed)} changed"
+        )
     _say(
         f"run {name} goes on from iteration {iteration} of run {run_id}, whose checkpoint of iteration {iteration - 1} "
         f"it needs until it has trained; archive gc under this root leaves it alone\n"

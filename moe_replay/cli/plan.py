@@ -13,6 +13,7 @@ from moe_replay.cli.console import Json, command_name, out
 from moe_replay.config import RunConfig
 from moe_replay.config_reading import load_config, parse_as
 from moe_replay.errors import ConfigError
+from moe_replay.places import is_hub_name
 from moe_replay.routing.declared import declared_routers
 
 _DEFAULT_TOKENS = "16K,32K,64K,128K"
@@ -28,7 +29,7 @@ _KEYS = {
 
 
 def plan(
-    model_config: Path,
+    model: str,
     *,
     config: Path | None = None,
     sequences: int | None = None,
@@ -49,8 +50,9 @@ def plan(
 
     Parameters
     ----------
-    model_config
-        The config.json of a Hugging Face Mixture-of-Experts model, or the folder it lies in.
+    model
+        The config.json of a Hugging Face Mixture-of-Experts model, the folder it lies in, or the hub name of one whose
+        config is in the Hugging Face cache of this machine; nothing is fetched.
     config
         A run's TOML file, to take from it what is not given: batch, longest sequence, evolution, archive settings.
     sequences
@@ -86,12 +88,34 @@ def plan(
     settings = (_told_by(run) if run else {}) | {key: value for key, value in given.items() if value is not None}
     longest = run and str(run.rollout.max_prompt_tokens + run.rollout.max_response_tokens)
     lengths = _lengths(tokens or longest or _DEFAULT_TOKENS)
-    sizing = size_iteration(declared_routers(model_config), parse_as(Workload, settings), lengths)
+    sizing = size_iteration(declared_routers(_config_file(model)), parse_as(Workload, settings), lengths)
     if json_:
         print(sizing.model_dump_json())
         return
     _show(sizing)
-    _say_next(sizing, model_config, config, given)
+    _say_next(sizing, model, config, given)
+
+
+def _config_file(model: str) -> Path:
+    """The file or folder that `model` names, or else the cached config.json of the hub's model of that name."""
+    path = Path(model).expanduser()
+    if path.exists() or path.suffix == ".json" or not is_hub_name(model):
+        return path
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        return path
+    if not isinstance(cached, str):
+        raise ConfigError(
+            f"there is no file or folder {model} here, and the config.json of the hub's model of that name is not in "
+            f"the cache {HF_HUB_CACHE}; fetch it with: hf download {model} config.json, then give the same command "
+            "again"
+        )
+    return Path(cached)
 
 
 def _told_by(run: RunConfig) -> dict[str, Any]:
@@ -212,9 +236,11 @@ def _notes(found: Sizing) -> list[str]:
     return notes
 
 
-def _say_next(found: Sizing, model: Path, config: Path | None, given: dict[str, Any]) -> None:
+def _say_next(found: Sizing, model: str, config: Path | None, given: dict[str, Any]) -> None:
     """The run that was planned: its config, or where one has to be, and every setting given beside it."""
-    folder = model if model.is_dir() else model.parent if model.name == "config.json" else "MODEL"
+    path = Path(model)
+    is_model = path.expanduser().is_dir() or not path.expanduser().exists()  # else a hub name, whose config was found
+    folder = model if is_model else path.parent if path.name == "config.json" else "MODEL"
     asked = {key: given[name] for name, key in _KEYS.items() if given[name] is not None}
     settings = [f"model.path={folder}", *(f"{key}={str(value).lower()}" for key, value in asked.items())]
     if found.workload.codec == "raw":

@@ -41,6 +41,9 @@ def test_a_checkpoint_is_scored_as_in_training_and_only_once(compared: Compared)
     again = run_json("evaluate", "all-r3-s0@1", root)
 
     assert again == {**said, "already_committed": True}
+    process = start("evaluate", "all-r3-s0", root, "--quiet")
+    assert process.communicate(timeout=600) == (said["evaluation_id"] + "\n", "")
+    assert process.returncode == 0
     client = MlflowClient(f"sqlite:///{os.environ['MOE_REPLAY_HOME']}/mlflow.db")
     tracked = client.get_run(said["mlflow_run_id"])
     assert (tracked.info.status, tracked.data.tags["moe_replay.evaluation_of"]) == ("FINISHED", "all-r3-s0")

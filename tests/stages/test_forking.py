@@ -1,5 +1,6 @@
 """Forking a run: what the new one starts from, what it may change, what is refused."""
 
+import json
 import shutil
 from datetime import timedelta
 
@@ -12,11 +13,12 @@ from moe_replay.archive.cleaning import searches
 from moe_replay.archive.dependents import needed_by_forks
 from moe_replay.archive.removal import Findings, remove
 from moe_replay.archive.retention import Retention, find_removable
+from moe_replay.cli.app import app
 from moe_replay.config import RunConfig
 from moe_replay.config_reading import overridden
 from moe_replay.engines.process import no_progress
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
-from moe_replay.forking import fork_point, fork_run
+from moe_replay.forking import fork_point, fork_run, forked_config, left_behind
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.preparation import prepare
 from moe_replay.reports.predictor_report import report_of
@@ -92,6 +94,18 @@ def test_what_is_trained_adapters_or_all_weights_stays(config):
         with pytest.raises(ConfigError, match=told):
             fork(adapted, 1, **change)
     assert fork(adapted, 1, training__learning_rate=1e-3).config.training.lora.rank == 8
+
+
+@pytest.mark.parametrize(
+    "off", [{"training.lora.rank": 0}, {"training.lora.rank": "none"}, {"training.lora": "none"}], ids=str
+)
+def test_to_switch_adapters_off_is_refused_because_the_source_trains_them(config, off):
+    ours = {"training.lora.rank": 8, "training.lora.alpha": 16, "training.lora.targets": ["q_proj"]}
+    source = prepare(overridden(config, ours), "adapted", no_progress)
+    told = r"a fork trains on what its source trained.*training\.lora\.rank \(8 -> 0\) of run adapted"
+    with pytest.raises(ConfigError, match=told):
+        forked_config(source.store(), off)
+    assert forked_config(source.store(), {"seed": 3}).training.lora == source.config.training.lora
 
 
 def test_adapters_are_no_way_to_go_on_from_weights(source):
@@ -195,15 +209,38 @@ def test_a_fork_goes_on_with_what_the_rollout_before_left_if_it_samples_as_the_s
     assert branch.carried(point.carried, 1).ref.sha256 == left.sha256
     assert prepare(branch.config, "branch", no_progress) == branch
     assert needed_by_forks(source.root)[left.sha256] == "branch"
+    assert left_behind(source.store(), branch.config) is None
     for changed in ({"rollout__temperature": 0.5}, {"seed": 3}, {"rollout__oversampled_prompts": 4}):
         other = fork(source, 1, f"other-{'-'.join(changed)}", **changed)
         assert other.forked_from.carried is None
         assert other.carried(None, 1) is None
+        assert left_behind(source.store(), other.config) == (3, tuple(key.replace("__", ".") for key in changed))
     with pytest.raises(ConfigError, match="goes on with what the rollout before left unfinished, got none"):
         branch.carried(None, 1)
     shutil.rmtree(source.store().folder.local_folder / "iterations/00000/rollout")
     with pytest.raises(ConfigError, match=r"forked from iteration 1 of run source .*_committed\.json is missing"):
         prepare(branch.config, "branch", no_progress)
+
+
+def test_the_command_says_how_many_prompts_a_fork_leaves_behind_and_why(config, capsys):
+    settings = {"rollout.partial_response_tokens": 2, "rollout.oversampled_prompts": 3}
+    source = prepare(overridden(config, settings), "source", no_progress)
+    for stage in ("rollout", "training"):
+        source.store().begin(stage, 0, {}, source.digest(stage)).commit()
+
+    def told(name: str, *words: str) -> str:
+        words = ("fork", "source", "--iteration=1", f"--as={name}", f"--root={source.root}", *words)
+        app(words, exit_on_error=False, result_action="return_value")
+        return capsys.readouterr().out
+
+    assert "left behind" not in told("same")
+    assert json.loads(told("same-json", "--json"))["prompts_left_behind"] == 0
+    off = ("--set=rollout.partial_response_tokens=none", "--set=rollout.oversampled_prompts=0", "--set=seed=1")
+    assert told("off", *off).startswith(
+        "left behind: 3 prompts that the rollout of iteration 0 carried, with what was sampled of their responses, "
+        "because seed, rollout.partial_response_tokens, rollout.oversampled_prompts changed\n"
+    )
+    assert json.loads(told("json", "--set=seed=1", "--json"))["prompts_left_behind"] == 3
 
 
 def test_carried_work_that_retention_took_can_be_left_behind(config):
@@ -217,9 +254,9 @@ def test_carried_work_that_retention_took_can_be_left_behind(config):
     for removable in find_removable(source.store(), Retention(keep_iterations=1), timedelta(0)).removable:
         if removable.name.endswith("00000/rollout"):
             remove(source.root, removable)
-    with pytest.raises(ConfigError, match=r"unfinished responses.*--set rollout\.oversampled_prompts=4"):
+    with pytest.raises(ConfigError, match=r"unfinished responses.*--set rollout\.oversampled_prompts=2"):
         fork(source, 1)
-    assert fork(source, 1, rollout__oversampled_prompts=4).forked_from.carried is None
+    assert fork(source, 1, rollout__oversampled_prompts=2).forked_from.carried is None
 
 
 # Predictors

@@ -16,12 +16,12 @@ from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.archive.routes import RouteArchive, RouteOrigin
 from moe_replay.config import RunConfig
-from moe_replay.config_reading import load_config
+from moe_replay.config_reading import load_config, overridden, parse_config
 from moe_replay.engines.process import no_progress
 from moe_replay.engines.rollout import Response
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.plan import ForkPoint
-from moe_replay.preparation import prepare
+from moe_replay.preparation import preflight, prepare
 from moe_replay.routing.trace import RoutingTrace
 from moe_replay.stages.carrying import PartialAbout, PromptGroup, read_about, read_carried, route_changes, write_carried
 from moe_replay.stages.partial import about_rollout, groups_at_work, requests_of, sample_until_whole, staleness_metrics
@@ -132,8 +132,8 @@ def partial(run: Run, **rollout: int) -> Run:
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_every_batch_is_whole_and_every_prompt_drawn_is_trained_on_once_and_soon(run, data):
-    longest, prompts, responses = (data.draw(st.integers(*bounds)) for bounds in ((1, 9), (1, 3), (2, 3)))
-    most, beside, steps_off = (data.draw(st.integers(*bounds)) for bounds in ((1, 10), (1, 5), (0, 1)))
+    longest, prompts, responses = (data.draw(st.integers(*bounds)) for bounds in ((2, 9), (1, 3), (2, 3)))
+    most, beside, steps_off = (data.draw(st.integers(*bounds)) for bounds in ((1, longest - 1), (1, 5), (0, 1)))
     of_group = st.lists(st.integers(1, longest), min_size=responses, max_size=responses)
     lengths = data.draw(st.lists(of_group, min_size=1, max_size=7))
     run = partial(
@@ -314,6 +314,27 @@ def test_a_rollout_that_is_not_partial_stores_nothing_of_it(run):
 def test_partial_rollouts_need_prompts_to_spare(given):
     with pytest.raises(ConfigError, match="partial rollouts need both"):
         load_config(None, {f"rollout.{key}": value for key, value in given.items()})
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_a_stretch_is_shorter_than_the_longest_response(most, longest):
+    rollout = {"partial_response_tokens": most, "max_response_tokens": longest, "oversampled_prompts": 40}
+    if most < longest:
+        assert parse_config({"rollout": rollout}).rollout.partial_response_tokens == most
+    else:
+        with pytest.raises(ConfigError, match=f"= {most} lets every .* = {longest}, in one round.*set it below"):
+            parse_config({"rollout": rollout})
+
+
+def test_no_prompt_is_carried_twice_at_once(config):
+    carrying = {"rollout.partial_response_tokens": 2, "rollout.prompts": 4}
+    told = r"oversampled_prompts = 17 .*train\.parquet\) has 16: .*set it to 16 or less .* = 4\.25 iterations older"
+    with pytest.raises(ConfigError, match=told):
+        preflight(overridden(config, {**carrying, "rollout.oversampled_prompts": 17}), "carries")
+    with pytest.raises(ConfigError, match=r"4097 .*data\.train \(embedded\) has 4096"):
+        preflight(load_config(None, {**carrying, "rollout.oversampled_prompts": 4097}), "carries")
+    assert not RunStore(config.storage.root or "", "carries").exists()
+    prepare(overridden(config, {**carrying, "rollout.oversampled_prompts": 16}), "carries", no_progress)
 
 
 @pytest.mark.parametrize(

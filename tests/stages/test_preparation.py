@@ -97,6 +97,31 @@ def test_a_model_that_cannot_be_packed_or_shared_out_is_refused_before_the_run_e
     assert prepare(packed, "run-1", no_progress).config.training.packing
 
 
+@pytest.mark.parametrize(
+    ("family", "attention", "told"),
+    [
+        (
+            "gpt_oss",
+            "sdpa",
+            r"GptOssForCausalLM has; set .*'flash_attention_2', in place of which .*vllm-flash",
+        ),
+        ("deepseek_v4", "sdpa", r"DeepseekV4ForCausalLM has; nor has it 'flash_attention_2'.*choose another model"),
+        ("llama4_text", "flash_attention_2", r"Llama4ForCausalLM has; set training\.attention = 'sdpa', or choose"),
+    ],
+)
+def test_attention_that_the_models_family_has_not_is_refused_before_the_run_exists(
+    config, tmp_path, family, attention, told
+):
+    document = {"model_type": family, "num_experts": 8, "num_local_experts": 8, "num_hidden_layers": 2}
+    (tmp_path / "model/config.json").write_text(json.dumps(document))
+    if attention == "flash_attention_2":  # as on a cluster whose ranks have what this machine has not
+        training = {"attention": attention, "dtype": "bfloat16"}
+        config = changed(config, training=training, resources={"training_world_size": 2})
+    with pytest.raises(ConfigError, match=told):
+        prepare(config, "run-1", no_progress)
+    assert not RunStore(config.storage.root or "", "run-1").exists()
+
+
 @pytest.mark.parametrize("change", [{"stages__retries": 7}, {"tracking__experiment": "elsewhere"}])
 def test_how_a_run_is_retried_and_tracked_may_change(config, change):
     prepare(config, "run-1", no_progress)
