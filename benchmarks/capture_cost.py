@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_replay import tiny
-from moe_replay.config import RolloutConfig
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess, no_progress
 from moe_replay.places import home_folder
 from moe_replay.routing.trace import RoutingTrace, refuse_dead_capture
+from moe_replay.sections import RolloutConfig
 
 LARGER = tiny.ModelShape(
     layers=8, hidden=512, expert_width=256, experts=64, top_k=8, heads=8, kv_heads=2, head_dim=64, init_std=0.05

@@ -19,10 +19,10 @@ import torch
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.evolution import EvolutionArchive
-from moe_replay.config import PredictorConfig
 from moe_replay.routing.evidence import LayerEvidence
 from moe_replay.routing.fitting import Objective, RouterDrift, Weighted, fit_layer
 from moe_replay.routing.judging import judge_layer
+from moe_replay.sections import PredictorConfig
 
 SETTINGS = PredictorConfig()
 FACTORS = SETTINGS.shrinkage

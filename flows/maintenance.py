@@ -8,8 +8,9 @@ from moe_replay.archive.cleaning import searches
 from moe_replay.archive.leftovers import GRACE
 from moe_replay.archive.removal import Findings
 from moe_replay.archive.retention import Retention
-from moe_replay.config import RunConfig, StorageConfig
+from moe_replay.config import RunConfig
 from moe_replay.places import run_root
+from moe_replay.sections import StorageConfig
 from tasks.cleaning import clean, report_removable
 from tasks.failures import LOGGED_FAILURES
 

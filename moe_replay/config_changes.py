@@ -6,10 +6,11 @@ from typing import Any
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import ABOUT_KEY
-from moe_replay.config import EvaluationConfig, RunConfig
+from moe_replay.config import RunConfig
 from moe_replay.dotted import dotted
 from moe_replay.errors import ConfigError
 from moe_replay.plan import CHANGES_KEY, ConfigChange, RunPlan
+from moe_replay.sections import EvaluationConfig
 from moe_replay.stages.completion import missing_stages
 
 CHANGEABLE = ("iterations", "evaluation")

@@ -14,15 +14,7 @@ from pydantic import NonNegativeInt, model_validator
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.layout import EVALUATES_KEY
-from moe_replay.config import (
-    EvaluationConfig,
-    ModelConfig,
-    RolloutConfig,
-    RunConfig,
-    StagesConfig,
-    StorageConfig,
-    TrackingConfig,
-)
+from moe_replay.config import RunConfig
 from moe_replay.config_reading import parse_config
 from moe_replay.engines.process import Progress
 from moe_replay.errors import ConfigError
@@ -30,6 +22,14 @@ from moe_replay.holding import require_lease
 from moe_replay.places import run_root
 from moe_replay.plan import stored_config
 from moe_replay.preparation import check_inputs, package_versions, run_with_inputs
+from moe_replay.sections import (
+    EvaluationConfig,
+    ModelConfig,
+    RolloutConfig,
+    StagesConfig,
+    StorageConfig,
+    TrackingConfig,
+)
 from moe_replay.settings import Config
 from moe_replay.stages.run import STAGE_SECTIONS, Run
 

@@ -11,7 +11,7 @@ from typing import Any
 from moe_replay import tiny
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import FORK_KEY
-from moe_replay.config import EMBEDDED, RunConfig
+from moe_replay.config import RunConfig
 from moe_replay.config_changes import changed_document, check_changeable, require_same_config
 from moe_replay.data.prompts import PromptTable
 from moe_replay.data.rewards import require_known_sources
@@ -22,6 +22,7 @@ from moe_replay.holding import require_lease
 from moe_replay.places import home_folder, is_hub_name, run_root
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.routing.declared import read_model_config, require_experts
+from moe_replay.sections import EMBEDDED
 from moe_replay.stages.run import DataFile, Run
 from moe_replay.tokenization import encode_prompt
 

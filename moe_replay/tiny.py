@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_replay.config import EMBEDDED, EMBEDDED_TOP_4
 from moe_replay.data import addition
 from moe_replay.errors import ConfigError, ReplayError
+from moe_replay.sections import EMBEDDED, EMBEDDED_TOP_4
 
 if TYPE_CHECKING:
     from torch import Tensor

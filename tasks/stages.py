@@ -11,11 +11,11 @@ from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from moe_replay.archive.commits import ArtifactRef
-from moe_replay.config import StagesConfig
 from moe_replay.engines.pool import EnginePool
 from moe_replay.errors import OutOfMemory, StabilityAlarm
 from moe_replay.holding import require_lease
 from moe_replay.interrupts import raise_lost_interrupt
+from moe_replay.sections import StagesConfig
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
 from tasks.events import telling_stage

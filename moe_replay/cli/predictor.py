@@ -9,13 +9,13 @@ from rich.table import Table
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.cli.console import Json, Root, command_name, out, root_of
-from moe_replay.config import PredictorConfig
 from moe_replay.config_reading import parse_config, parse_override
 from moe_replay.drawing import check_figure
 from moe_replay.errors import ConfigError
 from moe_replay.places import as_argument
 from moe_replay.reports.predictor_figure import draw_predictor
 from moe_replay.reports.predictor_report import LayerReport, PredictorReport, read_report
+from moe_replay.sections import PredictorConfig
 
 _SECTION = "predictor."
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from moe_replay.config import TrainingConfig
 from moe_replay.errors import ConfigError
 from moe_replay.routing.model_shape import model_config
+from moe_replay.sections import TrainingConfig
 
 
 def require_attention_support(folder: Path, training: TrainingConfig) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.errors import ConfigError
 from moe_replay.routing.model_shape import empty_model
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 _CHUNKED = "chunked_attention"
 WHOLE_ATTENTION = {"full_attention", "attention"}

@@ -3,10 +3,10 @@
 import atexit
 from pathlib import Path
 
-from moe_replay.config import ResourcesConfig, RolloutConfig, TrainingConfig
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess
 from moe_replay.errors import ConfigError, EngineStopped, OutOfMemory
+from moe_replay.sections import ResourcesConfig, RolloutConfig, TrainingConfig
 
 
 class EnginePool:

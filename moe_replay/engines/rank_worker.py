@@ -17,9 +17,9 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import TrainingWorker
 
-from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.verl_settings import model_config, worker_config
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 _ON_ALL_RANKS: Any = Dispatch["ONE_TO_ALL"]
 

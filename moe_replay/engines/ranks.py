@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tensordict import TensorDict
 
-from moe_replay.config import ResourcesConfig, TrainingConfig
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 
 class RouterShape(NamedTuple):

@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.ray_cluster import RayCluster, in_one_line
 from moe_replay.errors import ConfigError, EngineLost
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from tensordict import TensorDict

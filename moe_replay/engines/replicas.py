@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_replay.config import ResourcesConfig, RolloutConfig
 from moe_replay.engines import rollout
 from moe_replay.engines.process import Progress, no_progress
 from moe_replay.engines.ray_cluster import RayCluster, in_one_line
 from moe_replay.engines.rollout import Request, Response, RolloutEngine, shares_of
 from moe_replay.errors import EngineLost
 from moe_replay.routing.trace import refuse_dead_capture
+from moe_replay.sections import ResourcesConfig, RolloutConfig
 
 _logger = logging.getLogger(__name__)
 

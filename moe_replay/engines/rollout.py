@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from moe_replay.config import ResourcesConfig, RolloutConfig
 from moe_replay.engines.gates import digest_gates
 from moe_replay.engines.process import Progress
 from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace, refuse_dead_capture
+from moe_replay.sections import ResourcesConfig, RolloutConfig
 from moe_replay.tokenization import encode_prompt
 
 FLOAT32_GATES = "moe_replay_float32_gates"

@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDict
 from torch._C._distributed_c10d import HashStore
 
-from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.verl_settings import worker_config
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 
 class SingleRank:

@@ -17,7 +17,6 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from moe_replay.archive.layout import MODEL_FOLDER
-from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.memory import ran_out_of_memory
 from moe_replay.engines.ranks import make_ranks
 from moe_replay.engines.training_batch import PassRoutes, TokenSequence, as_batch, token_fields
@@ -25,6 +24,7 @@ from moe_replay.errors import OutOfMemory
 from moe_replay.methods import Method
 from moe_replay.routing.observation import RouterFeatures
 from moe_replay.routing.trace import RoutingTrace
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.adapters import adapter_settings
 from moe_replay.errors import ConfigError
 from moe_replay.methods import Method
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 _FOREVER = 1 << 30
 

@@ -10,11 +10,11 @@ from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.evolution import has_evolution
 from moe_replay.archive.layout import PREDICTOR_FILE
-from moe_replay.config import PredictorConfig
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.plan import ForkPoint
 from moe_replay.reports.predictor_report import report_of
 from moe_replay.routing.predictor import EvolutionPredictor
+from moe_replay.sections import PredictorConfig
 from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.predictor_fitting import FITTED_FILE, PredictorFit, Predictors, Window, fit_predictors
 from moe_replay.stages.run import Run

@@ -17,13 +17,13 @@ from moe_replay.archive.artifacts import Artifact
 from moe_replay.archive.commits import canonical_json
 from moe_replay.archive.evolution import EvolutionArchive, has_evolution
 from moe_replay.archive.layout import PREDICTOR_FILE
-from moe_replay.config import PredictorConfig
 from moe_replay.errors import RoutingMismatch
 from moe_replay.reports.predictor_report import REPORT_FILE, LayerReport, PredictorReport
 from moe_replay.routing.evidence import LayerEvidence
 from moe_replay.routing.fitting import Objective, RouterDrift, Weighted, fit_layer
 from moe_replay.routing.judging import judge_layer
 from moe_replay.routing.predictor import EvolutionPredictor, EvolutionSource, PredictorProvenance
+from moe_replay.sections import PredictorConfig
 
 FITTED_FILE = "fitted.safetensors"
 """The unshrunk fit of all layers, by which the next iteration judges shrinkage."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_replay.config import RolloutConfig
 from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
+from moe_replay.sections import RolloutConfig
 
 if TYPE_CHECKING:
     from moe_replay.engines.replicas import RolloutReplicas

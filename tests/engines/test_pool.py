@@ -6,9 +6,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_replay.config import ResourcesConfig, RunConfig
+from moe_replay.config import RunConfig
 from moe_replay.engines.pool import EnginePool
 from moe_replay.errors import ConfigError, EngineStopped, OutOfMemory
+from moe_replay.sections import ResourcesConfig
 
 
 @pytest.fixture

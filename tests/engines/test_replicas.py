@@ -9,7 +9,6 @@ import pytest
 from models import assert_same, write_perturbed
 from rollout_calls import CONFIG, LONGEST_PROMPT
 
-from moe_replay.config import ResourcesConfig
 from moe_replay.config_reading import load_config
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
@@ -17,6 +16,7 @@ from moe_replay.engines.process import EngineProcess, no_progress
 from moe_replay.engines.ray_cluster import device_for
 from moe_replay.engines.rollout import Request, Response, shares_of
 from moe_replay.errors import ConfigError
+from moe_replay.sections import ResourcesConfig
 
 SHARE = 5
 REQUESTS = 17

@@ -25,12 +25,12 @@ from predictors import (
 from rollout_calls import CONFIG, LONGEST_PROMPT
 from training_calls import make_config, random_batch
 
-from moe_replay.config import TrainingConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines.pool import EnginePool
 from moe_replay.engines.process import EngineProcess, no_progress
 from moe_replay.engines.rollout import Request, Response, shares_of
 from moe_replay.errors import ConfigError, EngineFailed, EngineLost, RoutingMismatch
+from moe_replay.sections import TrainingConfig
 
 EOS_ID = 1
 TOLERANCE = 2e-5  # fp32, two implementations of the same sums

@@ -8,11 +8,11 @@ from models import write_perturbed
 from predictors import write_predictor
 from rollout_calls import CONFIG
 
-from moe_replay.config import ResourcesConfig
 from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess, no_progress
 from moe_replay.engines.rollout import Request, Response
+from moe_replay.sections import ResourcesConfig
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,10 @@ from asking import ask, until
 from command import SMALL
 from prefect_server import SCHEDULES_EVERY_SECONDS
 
-from moe_replay.config import EvaluationConfig, RolloutConfig, RunConfig
+from moe_replay.config import RunConfig
 from moe_replay.config_reading import document_with
 from moe_replay.evaluations import EvaluationRequest
+from moe_replay.sections import EvaluationConfig, RolloutConfig
 
 REPOSITORY = Path(__file__).parents[2]
 ITERATIONS = 8

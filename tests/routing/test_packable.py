@@ -8,9 +8,9 @@ import torch
 from families import CONFIGS, MOE_LAYERS, config_of
 from transformers import AutoModelForCausalLM
 
-from moe_replay.config import ResourcesConfig, TrainingConfig
 from moe_replay.engines.packable import require_packable
 from moe_replay.errors import ConfigError
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 MIXED = {
     "deepseek_v4": r"\[0, 1, 2\] of this model are heavily_compressed_attention",
