@@ -32,7 +32,7 @@ def archive_gc(
         runs: The runs to look at; by default all under the root.
         older_than: Also the artifacts that were committed longer ago, for example P30D.
         keep_iterations: Also the artifacts of all but so many of a run's newest iterations.
-        keep_last_checkpoint: Also the checkpoints of all but the newest training.
+        keep_last_checkpoint: Also the checkpoints of all but the newest training, or two one step off.
         grace: How long nothing may have been written to a leftover; a live writer must not pause for longer.
         delete: Remove it. Without this nothing is changed.
     """

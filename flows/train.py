@@ -1,5 +1,6 @@
 """The training loop: rollout, routing archive, replayed training, predictor fitting, evaluation; again."""
 
+from functools import partial
 from typing import NamedTuple
 
 from prefect import flow
@@ -93,20 +94,18 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
 
     rollout = before.rollout or roll_out(run, n, before.policy, at_rollout, before.carried)
     carried = rollout if config.rollout.partial_response_tokens else None
-    goes_ahead = config.rollout.one_step_off and n + 1 in run.plan.iterations
-    ahead = roll_out.submit(run, n + 1, before.policy, None, carried) if goes_ahead else None
-    evaluates = run.plan.evaluates(n)
-    with beside(run, ahead):
+    goes_ahead, evaluates = config.rollout.one_step_off and n + 1 in run.plan.iterations, run.plan.evaluates(n)
+    roll_out_next = partial(roll_out.submit, run, n + 1, before.policy, None, carried)
+    with beside(run, roll_out_next if goes_ahead else None) as ahead:
         routes = configured(archive_routes, config.stages)(run, n, rollout)
         policy = train_watched(run, n, before.policy, rollout, routes, at_old_pass, ahead)
-        # One engine samples for both: behind a rollout ahead the evaluation waits its turn.
-        evaluated = evaluate.submit(run, n, policy) if evaluates and not ahead else None
         predictor, trainings = None, (policy, *before.trainings)[: config.predictor.window]
-        with beside(run, evaluated):
+        # One engine samples for both: behind a rollout ahead the evaluation waits its turn.
+        with beside(run, partial(evaluate.submit, run, n, policy) if evaluates and not goes_ahead else None):
             # A batch that was left out moved no router: there is nothing to fit, and the next rollout goes without.
             if method.predictor and not is_skipped(run.open(policy)):
                 predictor = configured(fit_predictor, config.stages)(run, n, trainings, before.predictor)
-    if evaluates and ahead:
+    if evaluates and goes_ahead:
         evaluate(run, n, policy)
     learned = Learned(policy, predictor, trainings, carried, ahead and ahead.result())
     return learned, track_iteration(run, tracked, n)

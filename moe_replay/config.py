@@ -81,9 +81,10 @@ class RunConfig(Config):
             )
         if self.rollout.one_step_off and self.method.predictor and self.method.route_source == "rollout":
             raise ValueError(
-                "rollout.one_step_off = true has a rollout begin two steps before its own ends, and the predictor that "
-                f"{self.method.label} serves it with foretells one; give rollout.one_step_off = false, take r3, or "
-                "predict in the old pass, right before the step (method.route_source = 'old_log_prob')"
+                "rollout.one_step_off = true samples each batch before the training that comes before its own, and the "
+                f"predictor that {self.method.label} serves rollouts with foretells one training, not two; give "
+                "rollout.one_step_off = false, take r3, or predict in the old pass (method.route_source = "
+                "'old_log_prob')"
             )
         return self
 

@@ -122,14 +122,21 @@ def _shown(value: Any) -> str:
 
 
 def _begun(store: RunStore) -> int:
-    """The number of the iteration after the last of which anything is committed."""
-    begun = (n + 1 for n in reversed(store.iterations()) if any(one.state == "committed" for one in store.status(n)))
-    return next(begun, 0)
+    """The number of the iteration after the last that was begun.
+
+    A rollout alone begins none while the iteration before is not trained: it was one step off, and does no harm.
+    """
+    for n in reversed(store.iterations()):
+        committed = {one.stage for one in store.status(n) if one.state == "committed"}
+        is_ahead = committed == {"rollout"} and n > 0 and store.commit_of("training", n - 1) is None
+        if committed and not is_ahead:
+            return n + 1
+    return 0
 
 
 def _since(store: RunStore, plan: RunPlan) -> int:
     """The first iteration that is not complete."""
-    begun = _begun(store)
-    # The last may have been begun, by a rollout that is one step off, before the one before it was complete.
-    last = [n for n in (begun - 2, begun - 1) if n in plan.iterations]
-    return next((n for n in last if missing_stages(store, plan, n)), begun)
+    since = _begun(store)
+    while since - 1 in plan.iterations and missing_stages(store, plan, since - 1):
+        since -= 1
+    return since

@@ -40,9 +40,11 @@ def preflight(config: RunConfig, run_id: str, allow_config_change: Sequence[str]
     check_changeable(allow_config_change)
     store = RunStore(run_root(config), run_id)
     check_inputs(config, store)
-    _require_room_for_carried(config)
     if store.exists():
         require_same_config(store, config, allow_config_change)
+    else:
+        # A run that was begun before this was asked for goes on.
+        _require_work_to_carry(config)
 
 
 def check_inputs(config: RunConfig, store: RunStore) -> None:
@@ -175,11 +177,18 @@ def _data_file(path: Path) -> DataFile:
     return DataFile(path=path.absolute(), sha256=PromptTable.open(path).digest)
 
 
-def _require_room_for_carried(config: RunConfig) -> None:
-    """Refuse to carry more prompts of partial rollouts than there are, since some would be at work several times."""
+def _require_work_to_carry(config: RunConfig) -> None:
+    """Refuse partial rollouts that leave nothing unfinished, and those that have a prompt at work several times."""
+    stretch, longest = config.rollout.partial_response_tokens, config.rollout.max_response_tokens
     carried, table = config.rollout.oversampled_prompts, config.data.train
-    if not carried:
+    if stretch is None:
         return
+    if stretch >= longest:
+        raise ConfigError(
+            f"rollout.partial_response_tokens = {stretch} lets every response reach its end, at most "
+            f"rollout.max_response_tokens = {longest}, in one round, so that none is ever left unfinished and batches "
+            "only get older; set it below, or turn partial rollouts off (none, and rollout.oversampled_prompts = 0)"
+        )
     embedded = tiny.RECIPES.get(config.model.path, tiny.RECIPES[EMBEDDED])
     rows = embedded.train_rows if table == EMBEDDED else len(PromptTable.open(_table_file(table)))
     if carried > rows:

@@ -80,13 +80,6 @@ class RolloutConfig(Config):
                 f"{self.oversampled_prompts}: partial rollouts need both, for without prompts beside those that are "
                 "trained on nothing can be left unfinished; give both, or neither (none and 0)"
             )
-        if self.partial_response_tokens is not None and self.partial_response_tokens >= self.max_response_tokens:
-            raise ValueError(
-                f"partial_response_tokens = {self.partial_response_tokens} lets every response reach its end, at most "
-                f"max_response_tokens = {self.max_response_tokens}, in one round, so that none is ever left "
-                "unfinished and batches only get older; set it below max_response_tokens, or turn partial rollouts "
-                "off (none, and oversampled_prompts = 0)"
-            )
         return self
 
 

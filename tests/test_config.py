@@ -235,7 +235,7 @@ def test_rollouts_beside_training_take_devices_of_their_own():
 
 
 def test_a_predictor_serves_no_rollout_that_begins_before_it_is_fitted():
-    with pytest.raises(ConfigError, match="two steps before its own ends, and the predictor that pr2"):
+    with pytest.raises(ConfigError, match="predictor that pr2 serves rollouts with foretells one training, not two"):
         parse_config({"rollout": {"one_step_off": True}, "method": "pr2"})
     predicted = {"name": "pr2", "route_source": "old_log_prob"}
     assert parse_config({"rollout": {"one_step_off": True}, "method": predicted}).method.predictor

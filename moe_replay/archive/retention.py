@@ -36,7 +36,7 @@ class Retention:
     keep_iterations: int | None = None
     """Remove artifacts of all but this many of the newest iterations."""
     keep_last_checkpoint: bool = False
-    """Of checkpoints keep the newest only, and of the trainings before it everything else."""
+    """Of checkpoints keep the newest only (one step off: two), and of the trainings before it everything else."""
 
     def __post_init__(self) -> None:
         if self.keep_iterations is not None and self.keep_iterations < 1:

@@ -3,7 +3,8 @@
 What is superseded lies beside the stage's folder, in `_superseded-<stage>-<sha256 of the commit>`. On a local disk that
 is the stage's folder, renamed; elsewhere it holds the commit, a note of where its objects lie, and when that was, and
 then the commit is removed from its place. With a rollout or a training go the stability alarms on the batch and the
-decisions, so that they are taken anew. `archive gc` removes all of it after a while.
+decisions, so that they are taken anew, and with a training those on the batch after it. `archive gc` removes all of it
+after a while.
 """
 
 import os
@@ -163,8 +164,13 @@ def _set_alarms_aside(store: RunStore, artifact: Artifact, aside: Storage) -> No
     rollout = artifact.ref if commit.stage == "rollout" else commit.inputs.get("rollout")
     if commit.stage not in ("rollout", "training") or rollout is None:
         return
-    iteration = store.folder / f"iterations/{commit.iteration:05d}"
-    for name in iteration.files(deep=False):
-        if alarmed_rollout(name) == rollout.sha256:
-            aside.write(name, iteration.read(name))
-            iteration.remove(name)
+    batches = {commit.iteration: rollout}
+    # The next batch stays where its rollout was one step off, but what it was measured at was this training's policy.
+    following = store.commit_of("rollout", commit.iteration + 1) if commit.stage == "training" else None
+    batches |= {commit.iteration + 1: following} if following else {}
+    for n, alarmed in batches.items():
+        iteration = store.folder / f"iterations/{n:05d}"
+        for name in iteration.files(deep=False):
+            if alarmed_rollout(name) == alarmed.sha256:
+                aside.write(name, iteration.read(name))
+                iteration.remove(name)

@@ -39,7 +39,7 @@ def gc(
     keep_iterations
         Also the artifacts of all but so many of a run's newest iterations.
     keep_last_checkpoint
-        Also the checkpoints of all but the newest training.
+        Also the checkpoints of all but the newest training, or the newest two where rollouts are one step off.
     grace
         How long nothing may have been written to a leftover; a live writer must not pause for longer between objects.
     delete

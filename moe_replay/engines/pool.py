@@ -1,6 +1,7 @@
 """A pair of engines: started when first needed, shared by stages and by runs, replaced when one fails."""
 
 import atexit
+import threading
 from pathlib import Path
 
 from moe_replay.engines import rollout
@@ -33,6 +34,8 @@ class EnginePool:
         self._logs = logs
         self._running: dict[str, EngineProcess] = {}
         self._ended = False
+        self._starting = threading.Lock()
+        """So that none is started while, or after, the pool ends."""
         atexit.register(self.close)
 
     def start(self) -> None:
@@ -81,7 +84,8 @@ class EnginePool:
 
     def end(self) -> None:
         """Stop all engines for good: what they are at in other threads ends with EngineStopped, as does a later use."""
-        self._ended = True
+        with self._starting:
+            self._ended = True
         self.close()
 
     def close(self) -> None:
@@ -91,11 +95,12 @@ class EnginePool:
         atexit.unregister(self.close)
 
     def _get(self, name: str, build: str, arguments: tuple, environment: dict[str, str]) -> EngineProcess:
-        if self._ended:
-            raise EngineStopped(f"no {name} engine is started any more, since the run ends")
-        engine = self._running.get(name)
-        if engine is None or not engine.alive:
-            self.discard(name)
-            engine = EngineProcess(build, arguments, name, self._logs / f"{name}.log", environment)
-            self._running[name] = engine
-        return engine
+        with self._starting:
+            if self._ended:
+                raise EngineStopped(f"no {name} engine is started any more, since the run ends")
+            engine = self._running.get(name)
+            if engine is None or not engine.alive:
+                self.discard(name)
+                engine = EngineProcess(build, arguments, name, self._logs / f"{name}.log", environment)
+                self._running[name] = engine
+            return engine

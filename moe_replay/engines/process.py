@@ -105,7 +105,7 @@ class EngineProcess:
                 return payload
         except (EOFError, OSError) as error:
             if self._stopped:
-                raise EngineStopped(f"the {self.name} engine was stopped while at work, since the run ends") from error
+                raise EngineStopped(f"the {self.name} engine was stopped while at work") from error
             if isinstance(error, (EOFError, ConnectionResetError)):
                 raise self._lost() from error
             raise

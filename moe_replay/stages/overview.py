@@ -39,7 +39,7 @@ class RunOverview(NamedTuple):
         found = {n: known.get(n) or store.status(n) for n in store.iterations()}
         following = _following(store, plan, found) if plan else None
         batch = waiting_batch(store) if following and following[1] == "training" else None
-        alarm = batch.waiting() if batch else None
+        alarm = batch.waiting() if batch and following and batch.iteration == following[0] else None
         stages = [one for n, ours in found.items() for one in ours if _has(plan, document, n, one)]
         return cls(plan, tuple(stages), find_holder(store.folder), following, alarm, generation)
 
@@ -72,9 +72,11 @@ def _has(plan: RunPlan | None, document: dict[str, Any], iteration: int, stage: 
 
 
 def _following(store: RunStore, plan: RunPlan, found: dict[int, list[StageStatus]]) -> tuple[int, str] | None:
-    # A run is made in order, so that only its newest iteration can lack anything, and the one before where the newest
-    # has its rollout alone, which was one step off.
-    begun = [n for n, stages in found.items() if any(one.state == "committed" for one in stages)]
-    newest = begun[-1] if begun else plan.iterations.start
-    missing = [(n, missing_stages(store, plan, n)) for n in (newest - 1, newest, newest + 1) if n in plan.iterations]
-    return next(((n, stages[0]) for n, stages in missing if stages), None)
+    """The first that is missing, which is not of the newest iteration where that has its rollout alone."""
+    for n in plan.iterations:
+        committed = {one.stage for one in found.get(n, []) if one.state == "committed"}
+        if committed >= set(plan.stages(n)):
+            continue
+        if missing := missing_stages(store, plan, n) if committed else plan.stages(n):
+            return n, missing[0]
+    return None

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moe_replay.archive.artifacts import Artifact, RunStore
 from moe_replay.archive.commits import ArtifactRef
+from moe_replay.archive.dependents import needed_starts
 from moe_replay.archive.layout import CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTOR_FILE, RunLayout
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import PromptTable
@@ -188,9 +189,11 @@ class Run(BaseModel):
     def require_origin(self) -> None:
         """Raise ConfigError when the run still needs what it was forked from, and that is not there any more."""
         fork = self.forked_from
-        if fork is None or self.store().commit_of("training", fork.iteration) is not None:
+        if fork is None:
             return
-        for ref in filter(None, (fork.policy, fork.predictor, fork.carried)):
+        rolls_out_ahead = self.config.rollout.one_step_off and fork.iteration + 1 in self.plan.iterations
+        needed = needed_starts(self.store(), fork.iteration, rolls_out_ahead)
+        for ref in filter(None, (getattr(fork, name) for name in needed)):
             try:
                 found = self.open(ref)
                 found.require_present()

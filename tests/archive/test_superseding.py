@@ -157,6 +157,18 @@ def test_what_was_decided_on_a_batch_goes_with_its_training(run, stage):
     assert sum("/_decision-" in path for path in run.folder.files()) == 2
 
 
+def test_with_a_training_goes_what_was_decided_on_the_next_batch_though_that_stays(store):
+    store.create_run({})
+    for stage in ("rollout", "routes", "training"):
+        commit(store, 0, stage)
+    # One step off: of the same policy as the rollout before.
+    rollout = store.begin("rollout", 1, store.committed("rollout", 0).commit.inputs, "digest").commit()
+    alarms = decide(store, 1)
+    take_back(store, "training", 0)
+    assert store.commit_of("rollout", 1) == rollout
+    assert (alarms.waiting(), alarms.decisions()) == (None, ())
+
+
 def test_a_decision_goes_with_a_rollout_that_was_not_trained_on_yet(store):
     store.create_run({})
     for stage in ("rollout", "routes"):

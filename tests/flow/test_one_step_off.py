@@ -62,7 +62,8 @@ def test_partial_rollouts_beside_training_tell_the_weights_of_each_token_and_sur
     assert 0 < last.commit.metrics["rollout/carried_tokens"] < 1
 
 
-def test_an_interrupt_ends_both_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_both_at_once(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL")
     settings = {**ASIDE, "rollout.prompts": 128, "rollout.responses": 32}
     process = start("run", "--run-id=stopped", f"--root={tmp_path}", settings=settings, group=True)
@@ -73,7 +74,7 @@ def test_an_interrupt_ends_both_at_once(tmp_path: Path, monkeypatch: pytest.Monk
         assert process.poll() is None
         time.sleep(0.02)
     family = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
 
     assert process.returncode == 130, err
@@ -95,7 +96,11 @@ def test_where_the_alarm_stops_the_training_the_rollout_beside_it_is_kept(tmp_pa
     assert kept is not None
 
     decided = ("resume", "alarmed", f"--root={tmp_path}", "--decide=skip", "--json")
-    _, err = start(*decided).communicate(timeout=600)
+    # The next batch is as stale and stops the run again.
+    going_on = start(*decided)
+    _, err = going_on.communicate(timeout=600)
+    assert going_on.returncode == 3, err
+    assert RunOverview.of(RunStore(str(tmp_path), "alarmed")).following == (2, "training")
     assert RunStore(str(tmp_path), "alarmed").commit_of("rollout", 2) == kept, err
     training = RunStore(str(tmp_path), "alarmed").committed("training", 1)
     assert training is not None

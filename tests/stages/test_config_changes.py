@@ -206,3 +206,13 @@ def test_a_change_holds_from_the_iteration_at_work_though_the_next_was_sampled_a
     commit_iteration(run, 2, "rollout")
     changed = go_on(config, "evaluation", evaluation__samples=1)
     assert [before.until for before in changed.plan.earlier] == [1]
+
+
+def test_a_run_may_end_before_the_iteration_that_was_only_sampled(config):
+    run = go_on(config)
+    commit_iteration(run, 0)
+    commit_iteration(run, 1, "rollout", "routes")
+    commit_iteration(run, 2, "rollout")
+    with pytest.raises(ConfigError, match="has begun 2"):
+        go_on(config, "iterations", iterations=1)
+    assert go_on(config, "iterations", iterations=2).config.iterations == 2

@@ -177,6 +177,23 @@ def test_a_fork_that_has_trained_needs_its_source_no_more(source):
     assert "was made from its policy, but" in lost
 
 
+def test_a_fork_one_step_off_needs_the_policy_until_its_second_batch_is_sampled(source):
+    branch = fork(source, 2, rollout__one_step_off=True)
+    policy = branch.forked_from.policy
+    branch.store().begin("training", 2, {"policy": policy}, "d").commit()
+    assert needed_by_forks(source.root)[policy.sha256] == "branch"
+    document = branch.store().read_run()
+    branch.store().rewrite_run({**document, "config": document["config"] | {"iterations": 3}})
+    assert policy.sha256 not in needed_by_forks(source.root)
+    branch.store().rewrite_run(document)
+    source.store().folder.local_folder.rename(source.store().folder.local_folder.with_name("away"))
+    with pytest.raises(ConfigError, match=r"forked from iteration 2 of run source .*_committed\.json is missing"):
+        prepare(branch.config, "branch", no_progress)
+    branch.store().begin("rollout", 3, {"policy": policy}, "d").commit()
+    assert policy.sha256 not in needed_by_forks(source.root)
+    prepare(branch.config, "branch", no_progress)
+
+
 def test_a_fork_of_a_fork_goes_back_no_further_than_its_own(source):
     branch = fork(source, 2)
     branch.store().begin("training", 2, {}, "d").commit()

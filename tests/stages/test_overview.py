@@ -3,11 +3,13 @@
 import pytest
 from run_samples import CONFIG
 
+from moe_replay.alarm import Excess
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.layout import EVALUATES_KEY
 from moe_replay.archive.lease import holding
 from moe_replay.archive.superseding import made_from, supersede
 from moe_replay.errors import ConfigError
+from moe_replay.stages.decisions import BatchAlarms
 from moe_replay.stages.overview import RunOverview
 
 STAGES = ("rollout", "routes", "training", "evaluation")
@@ -46,6 +48,26 @@ def test_a_rollout_one_step_off_leaves_the_iteration_before_it_at_work(store):
     assert (seen.following, seen.settled()) == ((0, "training"), {})
     commit(store, 0, "training", "evaluation")
     assert RunOverview.of(store).following == (1, "routes")
+
+
+def test_what_was_taken_back_is_next_however_much_is_there_after_it(store):
+    commit(store, 0, *STAGES)
+    commit(store, 1, *STAGES)
+    supersede(store, made_from(store, "evaluation", 0))
+    seen = RunOverview.of(store)
+    assert (seen.following, seen.settled(), seen.is_over) == ((0, "evaluation"), {}, False)
+
+
+def test_an_alarm_on_a_batch_waits_until_it_is_that_batchs_turn(store):
+    commit(store, 0, "rollout", "routes")
+    commit(store, 1, "rollout", "routes")
+    rollout = store.commit_of("rollout", 1)
+    assert rollout is not None
+    BatchAlarms(store, 1, rollout).raise_alarm(Excess("mismatch/kl_k3", 0.25, 0.125))
+    assert RunOverview.of(store).alarm is None
+    commit(store, 0, "training", "evaluation")
+    seen = RunOverview.of(store)
+    assert (seen.following, seen.is_stopped) == ((1, "training"), True)
 
 
 def test_stages_that_the_run_has_not_are_not_shown(store):

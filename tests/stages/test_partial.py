@@ -16,7 +16,7 @@ from moe_replay.archive.commits import ArtifactRef
 from moe_replay.archive.retention import Retention, find_removable
 from moe_replay.archive.routes import RouteArchive, RouteOrigin
 from moe_replay.config import RunConfig
-from moe_replay.config_reading import load_config, overridden, parse_config
+from moe_replay.config_reading import load_config, overridden
 from moe_replay.engines.process import no_progress
 from moe_replay.engines.rollout import Response
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
@@ -316,14 +316,14 @@ def test_partial_rollouts_need_prompts_to_spare(given):
         load_config(None, {f"rollout.{key}": value for key, value in given.items()})
 
 
-@given(st.integers(1, 64), st.integers(1, 64))
-def test_a_stretch_is_shorter_than_the_longest_response(most, longest):
-    rollout = {"partial_response_tokens": most, "max_response_tokens": longest, "oversampled_prompts": 40}
-    if most < longest:
-        assert parse_config({"rollout": rollout}).rollout.partial_response_tokens == most
-    else:
-        with pytest.raises(ConfigError, match=f"= {most} lets every .* = {longest}, in one round.*set it below"):
-            parse_config({"rollout": rollout})
+def test_a_stretch_is_shorter_than_the_longest_response_but_in_a_run_that_exists(config):
+    carrying = {"rollout.partial_response_tokens": 8, "rollout.oversampled_prompts": 2}
+    whole = overridden(config, {**carrying, "rollout.max_response_tokens": 8})
+    with pytest.raises(ConfigError, match=r"= 8 lets every .* = 8, in one round.*set it below"):
+        preflight(whole, "whole")
+    preflight(overridden(config, {**carrying, "rollout.max_response_tokens": 9}), "whole")
+    RunStore(config.storage.root or "", "whole").create_run({"config": whole.model_dump(mode="json")})
+    preflight(whole, "whole")
 
 
 def test_no_prompt_is_carried_twice_at_once(config):
