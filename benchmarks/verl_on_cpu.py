@@ -13,13 +13,14 @@ import torch
 
 # verl's engines ask for their platform when they are imported: this registers it.
 from moe_replay.engines.verl_plugin import PlatformCPU  # isort: split
+
 import verl.utils.distributed
 import verl.utils.tracking
 from verl.plugin.platform.platform_manager import set_platform
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.1
 """How often the trainer looks whether the responses are there; verl's own 2 s outweigh an iteration of this model."""
 
 

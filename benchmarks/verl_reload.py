@@ -20,8 +20,6 @@ class Reload(vLLMColocateWorkerExtension):
         received: list[tuple[str, torch.Tensor]] = []
         receiver = BucketedWeightReceiver(self._get_zmq_handle(), torch.device("cpu"), use_shm)
         # The sender's buffer is used again.
-        receiver.receive_weights(
-            lambda weights, is_last: received.extend((name, one.clone()) for name, one in weights)
-        )
+        receiver.receive_weights(lambda weights, is_last: received.extend((name, one.clone()) for name, one in weights))
         worker.reload_weights(weights_iterator=iter(received))
         _pack_experts(worker.model_runner.get_model())
