@@ -1,6 +1,7 @@
-"""An iteration of moe-replay against TRL's `GRPOTrainer` and against a bare loop over the same engines, in turn.
+"""An iteration of moe-replay against TRL's and verl's own trainers and a bare loop over the same engines, in turn.
 
     pip install trl                     # needed for its two rows alone; the others are measured without
+    pip install TransferQueue           # likewise, for the two of verl
     OMP_NUM_THREADS=1 python benchmarks/alternatives.py [--rounds 5] [--iterations 6] [--trl-python PATH] [--set ...]
 
 moe-replay   `flows.train`: Prefect, MLflow, every stage's artifacts checksummed and committed on disk, with optimizer
@@ -8,15 +9,18 @@ moe-replay   `flows.train`: Prefect, MLflow, every stage's artifacts checksummed
 bare         the same vLLM and verl engines, called one after the other (`bare_loop.py`); nothing is kept
 TRL          `GRPOTrainer` set to compute the same (`trl_grpo.py` says what differs); nothing is kept
 TRL, saving  the same with a checkpoint and optimizer state after each iteration
+verl         `verl.trainer.main_ppo` set to compute the same (`verl_ppo.py` says what differs); nothing is kept
+verl, saving  the same with verl's checkpoint after each iteration
 
 Each round runs every way once from the same model and prompts, in rotating order; engines and TRL's process are kept
-from round to round, and a round before the first warms them up. Times are those between the ends of consecutive
-iterations of a run, so its start and end are left out. No way evaluates. moe-replay and the bare loop sample the same
-tokens; TRL has random numbers of its own, so tokens and rewards are told.
+from round to round, and a round before the first warms them up; verl starts anew for each run. Times are those between
+the ends of consecutive iterations of a run, so its start and end are left out. No way evaluates. moe-replay and the
+bare loop sample the same tokens; TRL and verl have random numbers of their own, so tokens and rewards are told.
 
 Where the time goes: seconds inside the engines' calls and the functions named, each without the others. `other work of
 the stages` is what moe-replay's stages do beside (rewards, metrics of routing and mismatch, Parquet), in the bare loop
-rewards, advantages and the pipe; `Prefect and all else` is what is left of the iteration.
+rewards, advantages and the pipe; verl's are its own timings, its sampling with rewards; `Prefect and all else` is what
+is left of the iteration.
 """
 
 import argparse
@@ -26,6 +30,7 @@ import statistics
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +38,7 @@ import bare_loop
 import clocks
 from iteration_cost import RAM, last_commits
 from trl_grpo import GENERATE, OLD_LOG_PROBS, STEPS, Trl
+from verl_ppo import ADVANTAGES, WEIGHTS, Verl
 
 from moe_replay.config import RunConfig
 from moe_replay.config_reading import load_config, parse_override
@@ -42,12 +48,14 @@ from moe_replay.environment import make_home, set_defaults
 from moe_replay.servers import prefect_server
 from moe_replay.stages.run import Run
 
-TRL, TRL_SAVING = "TRL", "TRL, saving"
+OTHERS = ("TRL", "verl")
+"""Trainers of others, each of them measured without and with saving."""
 WRITTEN, LOADED, STORAGE = "weights written by the trainer", "weights loaded by vLLM", "storage"
 STAGES, AROUND, MLFLOW, TABLE = "other work of the stages", "checks around stages", "MLflow", "results table"
 REST = "Prefect and all else"
 _CALL = "call"
-PARTS = (GENERATE, OLD_LOG_PROBS, STEPS, WRITTEN, LOADED, STORAGE, STAGES, AROUND, MLFLOW, TABLE, "checkpoint", REST)
+PARTS = (GENERATE, OLD_LOG_PROBS, ADVANTAGES, STEPS, WRITTEN, LOADED, WEIGHTS, STORAGE, STAGES, AROUND, MLFLOW, TABLE)
+PARTS += ("checkpoint", REST)
 
 _STORED = {
     f"moe_replay.archive.{name}": STORAGE
@@ -112,30 +120,37 @@ def main() -> None:
         Trl(asked.trl_python, home / "logs" / "trl.log") as trl,
     ):
         wait()
+        others = {"TRL": trl, "verl": Verl(home / "logs" / "verl.log")}
         from tasks.engines import keeping_engines
 
         settings |= {"iterations": asked.iterations, "evaluation.benchmarks": {}, "storage.root": Path(disk).as_uri()}
         with keeping_engines():
-            measured = measure(asked.rounds, settings, trl, Path(memory))
+            measured = measure(asked.rounds, settings, others, Path(memory))
     print(report(measured))
     print(f"load of the machine (1 minute) {load:.1f} before, {os.getloadavg()[0]:.1f} after; {os.cpu_count()} cores")
     print(f"TRL {trl.version}" if trl.version else f"no TRL in {asked.trl_python}: pip install trl, and run again")
+    verl = others["verl"].version
+    print(f"verl {verl}" if verl else "verl's trainer needs TransferQueue: pip install TransferQueue, and run again")
 
 
-def measure(rounds: int, settings: dict[str, Any], trl: Trl, memory: Path) -> dict[str, list[Measured]]:
+def measure(
+    rounds: int, settings: dict[str, Any], others: Mapping[str, Trl | Verl], memory: Path
+) -> dict[str, list[Measured]]:
     """What each way took, by round."""
     configs = {method: load_config(None, {**settings, "method": method}) for method in bare_loop.METHODS}
     ways = [f"{way}, {method}" for method in configs for way in ("bare", "moe-replay")]
-    ways += [TRL, TRL_SAVING] if trl.version else []
+    ways += [way for name, other in others.items() if other.version for way in (name, f"{name}, saving")]
     measured: dict[str, list[Measured]] = {way: [] for way in ways}
     watched: set[int] = set()
     for turn in range(rounds + 1):
         first = turn % len(ways)
         for way in ways[first:] + ways[:first]:
-            name, _, method = way.partition(", ")
-            run = _prepare(configs.get(method, configs["grpo"]), watched)
-            if name == "TRL":
-                found = _trl(trl, run, saves=way == TRL_SAVING)
+            name, _, variant = way.partition(", ")
+            if name == "verl" and not turn:
+                continue  # nothing of it is kept, so nothing can be warmed up
+            run = _prepare(configs.get(variant, configs["grpo"]), watched)
+            if name in others:
+                found = _other(others[name], run, saves=variant == "saving")
             else:
                 found = _flow(run) if name == "moe-replay" else _bare(run, memory)
             if turn:
@@ -194,8 +209,8 @@ def _bare(run: Run, memory: Path) -> Measured:
     return measured_of([one.ended for one in told], here, engines, tokens, [one.reward for one in told])
 
 
-def _trl(trl: Trl, run: Run, saves: bool) -> Measured:
-    told = trl.train(run, saves)
+def _other(trainer: Trl | Verl, run: Run, saves: bool) -> Measured:
+    told = trainer.train(run, saves)
     return measured_of(told["ended"], told["spans"], [], told["response_tokens"], told["rewards"])
 
 
@@ -246,8 +261,9 @@ def report(measured: dict[str, list[Measured]]) -> str:
 def pairs(ways: list[str]) -> list[tuple[str, str]]:
     """Which way is compared with which."""
     wanted = [(f"moe-replay, {method}", f"bare, {method}") for method in bare_loop.METHODS]
-    for way in (TRL, TRL_SAVING):
-        wanted += [(way, "bare, grpo"), (way, "moe-replay, grpo")]
+    for name in OTHERS:
+        for way in (name, f"{name}, saving"):
+            wanted += [(way, "bare, grpo"), (way, "moe-replay, grpo")]
     return [(way, other) for way, other in wanted if way in ways and other in ways]
 
 

@@ -106,9 +106,8 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
     Raises ConfigError for a method that replays routes, or has another loss than `grpo`.
     """
+    require_grpo(config)
     method, rollout, training = config.method, config.rollout, config.training
-    if (method.route_source, method.policy_loss, method.loss_aggregation) != ("none", "vanilla", "token-mean"):
-        raise ConfigError(f"method {method.label} is not what TRL is set to compute here; give method=grpo")
     return {
         "use_cpu": True,
         "bf16": training.dtype == "bfloat16",
@@ -142,6 +141,13 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         "logging_strategy": "no",
         "disable_tqdm": True,
     }
+
+
+def require_grpo(config: RunConfig) -> None:
+    """Raise ConfigError for what other trainers are not set to compute here."""
+    method = config.method
+    if (method.route_source, method.policy_loss, method.loss_aggregation) != ("none", "vanilla", "token-mean"):
+        raise ConfigError(f"method {method.label} is not what others are set to compute here; give method=grpo")
 
 
 def saving_of(config: RunConfig, saves: bool) -> dict[str, Any]:

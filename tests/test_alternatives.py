@@ -1,5 +1,7 @@
-"""The comparison with alternatives (`benchmarks/alternatives.py`): its sums, and what it tells TRL to compute."""
+"""The comparison with alternatives (`benchmarks/alternatives.py`): its sums, and what others are told to compute."""
 
+import json
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -121,3 +123,62 @@ def test_trl_is_asked_for_no_method_that_it_lacks(alternatives):
 def test_an_interpreter_without_trl_says_so(alternatives, tmp_path):
     with alternatives.Trl(sys.executable, tmp_path / "logs" / "trl.log") as trl:
         assert (trl.version is None) == (find_spec("trl") is None)
+
+
+@pytest.mark.parametrize("mini_steps", [1, 4, 8])
+def test_verl_takes_the_settings_and_samples_one_batch_for_every_kappa_steps(alternatives, mini_steps):
+    from hydra import compose, initialize_config_dir
+    from verl_ppo import settings_of
+
+    config = load_config(None, {"method": "grpo", "training.mini_steps": mini_steps, "iterations": 3})
+    given = [f"{key}={value}" for key, value in settings_of(config, saves=True).items()]
+    verl = Path(find_spec("verl").origin).parent
+    with initialize_config_dir(str(verl / "trainer" / "config"), version_base=None):
+        taken = compose("ppo_trainer", given)
+    actor, rollout = taken.actor_rollout_ref.actor, taken.actor_rollout_ref.rollout
+    assert taken.data.train_batch_size == actor.ppo_mini_batch_size * mini_steps == config.rollout.prompts
+    assert rollout.n == config.rollout.responses
+    assert (actor.ppo_epochs, taken.trainer.total_training_steps, taken.trainer.save_freq) == (1, 3, 1)
+    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (0.2, 0.28)
+    assert not taken.algorithm.use_kl_in_reward
+    assert not actor.use_kl_loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"method": "r3"}, "method=grpo"), ({"rollout.prompts": 6}, "no multiple")]
+)
+def test_verl_is_asked_for_nothing_that_it_lacks(alternatives, settings, reason):
+    from verl_ppo import settings_of
+
+    with pytest.raises(ConfigError, match=reason):
+        settings_of(load_config(None, {"method": "grpo", **settings}), saves=False)
+
+
+def test_an_iteration_of_verl_is_told_by_its_own_metrics(alternatives, tmp_path):
+    from verl_ppo import _read
+
+    told = {"ended": 20.0, "response_length/mean": 5.25, "critic/score/mean": 0.5, "timing_s/gen": 3.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "data": told}) + "\n")
+    assert _read(tmp_path / "metrics.jsonl", sequences=8) == {
+        "ended": [20.0],
+        "response_tokens": [42],
+        "rewards": [0.5],
+        "spans": [("sampling", 20.0, 3.0)],
+    }
+
+
+def test_verl_finds_an_engine_a_process_group_and_vllm_on_a_cpu(alternatives, tmp_path):
+    from verl_ppo import _environment
+
+    code = """
+import verl, torch
+from verl.third_party.vllm import vllm_version
+from verl.utils.distributed import initialize_global_process_group_ray
+from verl.workers.engine import EngineRegistry
+initialize_global_process_group_ray()
+print(EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__, torch.distributed.get_backend(), vllm_version)
+"""
+    given = _environment(tmp_path / "metrics.jsonl") | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    said = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True).stdout
+    assert said.split()[-3:-1] == ["FSDPEngineWithLMHead", "gloo"]
+    assert said.split()[-1][0].isdigit()
