@@ -21,7 +21,7 @@ from tasks.stages import configured
 TRAINING, ROLLOUT = ("run", "training", 3), ("run", "rollout", 4)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def on_the_server(prefect_api: str) -> Iterator[None]:
     with temporary_settings({PREFECT_API_URL: prefect_api}):
         yield
@@ -54,6 +54,16 @@ def both_progress() -> str:
     return str(flow_run.id)
 
 
+@pytest.fixture(scope="module")
+def runs(on_the_server: None) -> dict[str, str]:
+    """Flow runs, all over before the server is asked, which keeps events for seconds before it tells them."""
+    return {
+        "silent training": silent_training(rollout_fails=False),
+        "failed rollout": silent_training(rollout_fails=True),
+        "both progress": both_progress(),
+    }
+
+
 def told(prefect_api: str, run: str) -> list[tuple[str, str, list[str]]]:
     """What happened, to which stage, and what was beside it, once the training has finished."""
     wanted = {"filter": {"event": {"prefix": [STAGE]}, "any_resource": {"id": [f"prefect.flow-run.{run}"]}}}
@@ -71,8 +81,10 @@ def _said(event: dict[str, Any]) -> tuple[str, str, list[str]]:
     return event["event"].removeprefix(f"{STAGE}."), event["payload"]["stage"], event["payload"]["beside"]
 
 
-def test_a_stage_that_progresses_or_finishes_leaves_one_that_is_silent_waited_for(prefect_api: str) -> None:
-    assert told(prefect_api, silent_training(rollout_fails=False)) == [
+def test_a_stage_that_progresses_or_finishes_leaves_one_that_is_silent_waited_for(
+    prefect_api: str, runs: dict[str, str]
+) -> None:
+    assert told(prefect_api, runs["silent training"]) == [
         ("started", "training", []),
         ("started", "rollout", ["training of iteration 3"]),
         ("finished", "rollout", ["training of iteration 3"]),
@@ -82,8 +94,8 @@ def test_a_stage_that_progresses_or_finishes_leaves_one_that_is_silent_waited_fo
     ]
 
 
-def test_a_stage_that_failed_is_no_more_waited_for(prefect_api: str) -> None:
-    assert told(prefect_api, silent_training(rollout_fails=True)) == [
+def test_a_stage_that_failed_is_no_more_waited_for(prefect_api: str, runs: dict[str, str]) -> None:
+    assert told(prefect_api, runs["failed rollout"]) == [
         ("started", "training", []),
         ("started", "rollout", ["training of iteration 3"]),
         ("progressed", "training", []),
@@ -91,8 +103,8 @@ def test_a_stage_that_failed_is_no_more_waited_for(prefect_api: str) -> None:
     ]
 
 
-def test_stages_beside_each_other_tell_of_progress_once_both_made_some(prefect_api: str) -> None:
-    assert told(prefect_api, both_progress()) == [
+def test_stages_beside_each_other_tell_of_progress_once_both_made_some(prefect_api: str, runs: dict[str, str]) -> None:
+    assert told(prefect_api, runs["both progress"]) == [
         ("started", "training", []),
         ("started", "rollout", ["training of iteration 3"]),
         *[("progressed", "rollout", ["training of iteration 3"])] * 2,
