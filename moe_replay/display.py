@@ -1,5 +1,6 @@
 """What people see on the terminal: a table of results that grows while a run works."""
 
+import threading
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -38,6 +39,7 @@ class RunDisplay:
         self._title = title
         self._results: dict[int, dict[str, float]] = {}
         self._at_work = {"": _At(0, 0, "starting")}
+        self._changing = threading.Lock()
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -48,16 +50,18 @@ class RunDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._at_work = {} if kind is None else {"": _At(0, 0, "stopped")}
+        with self._changing:
+            self._at_work = {} if kind is None else {"": _At(0, 0, "stopped")}
         if self._console.is_terminal:
             self._live.stop()
         elif self._results:
             self._console.print(results_table(self._title, self._results))
 
     def on_progress(self, stage: str, done: int, total: int, what: str) -> None:
-        """Show what a stage is at, beside others that are not through."""
-        others = {other: at for other, at in self._at_work.items() if other != stage and at.done < at.total}
-        self._at_work = {**others, stage: _At(done, total, what)}
+        """Show what a stage is at, beside others that are not through; called from the threads of both."""
+        with self._changing:
+            others = {other: at for other, at in self._at_work.items() if other != stage and at.done < at.total}
+            self._at_work = {**others, stage: _At(done, total, what)}
 
     def on_result(self, _run_id: str, iteration: int, metrics: dict[str, float]) -> None:
         """Add an iteration's row."""

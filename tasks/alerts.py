@@ -47,7 +47,8 @@ _FAILED = """
 """
 _STALLED = """
 {%- set name = event.resource['prefect.resource.name'] -%}
-{%- set stage = event.payload['stage'] ~ ' of iteration ' ~ event.payload['iteration'] -%}
+{%- set told = event.payload['stage'] ~ ' of iteration ' ~ event.payload['iteration'] -%}
+{%- set stage = ([told] + (event.payload['beside'] | default([]))) | join(' or ') -%}
 {"alert": "stalled", "flow_run": {{ name | tojson }}, "flow_run_id": {{ event.resource.id | tojson }},
  "run": {{ event.payload['run'] | tojson }}, "stage": {{ stage | tojson }},
  "text": {{ (name ~ ' has stalled: nothing was heard of ' ~ stage ~ ' since ' ~ event.occurred) | tojson }}}
@@ -123,6 +124,7 @@ def _notifying(block: UUID, stalled_after: timedelta) -> list[Automation]:
         threshold=1,
     )
     # A stage that is finished starts no wait: events of stages may reach the server after the end of their flow run.
+    # For stages beside each other `tasks.events` sees to it that a flow run is heard of only when all of them are.
     stalled = EventTrigger(
         after={f"{STAGE}.started", f"{STAGE}.progressed"},
         expect={f"{STAGE}.*", *_ENDS, *_RESTS},

@@ -9,7 +9,7 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from tasks.events import EVENT_EVERY_SECONDS, tell_stage
+from tasks.events import EVENT_EVERY_SECONDS, tell_progress
 
 Listener = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, what)."""
@@ -49,7 +49,7 @@ class StageProgress:
         for listener in _listeners:
             listener(self._stage, done, total, what)
         if time.monotonic() >= self._next_event:
-            tell_stage("progressed", self._run_id, self._stage, self._iteration)
+            tell_progress(self._run_id, self._stage, self._iteration)
             self._next_event = time.monotonic() + EVENT_EVERY_SECONDS
         if total and time.monotonic() >= self._next_report:
             self._report(100 * done / total, f"{done} of {total} {what}")

@@ -21,10 +21,12 @@ from tasks.engines import engines_of
 from tasks.events import telling_stage
 from tasks.progress import StageProgress
 from tasks.retry import is_transient
+from tasks.timeouts import trust_timeouts
 
 
 def configured(stage: Task[..., ArtifactRef], settings: StagesConfig) -> Task[..., ArtifactRef]:
     """The task with the run's own retries and time-out."""
+    trust_timeouts()
     delays = [settings.retry_delay_seconds * 2**attempt for attempt in range(settings.retries)]
     return stage.with_options(
         retries=settings.retries, retry_delay_seconds=delays, timeout_seconds=settings.timeout_seconds

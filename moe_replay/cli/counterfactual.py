@@ -33,7 +33,8 @@ def counterfactual(
 
     Forced KL is what replaying a method's routes does to the policy after the update. It is estimated on the rollout's
     tokens, which were sampled before the update: compare methods by it on one rollout, not runs. KL to the rollout and
-    extreme tokens are left out (-) where the method would have sampled from another policy than the one that did.
+    extreme tokens are left out (-) where the method would have sampled from another policy than the one that did; they
+    hold staleness too where the rollout is one step off or partly carried over.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def counterfactual(
     iteration
         Whose rollout to take; by default that of the last iteration that was trained.
     checkpoint
-        Against the policy after which iteration, not before the one that sampled; by default after the same.
+        Against the policy after which iteration, none older than the one that is trained; by default after the same.
     methods
         Default: r2, r3 unless the rollout was served under a predictor, and pr2 where it was or where the run recorded
         router evolution before that iteration.
@@ -90,7 +91,7 @@ def _ask(
     require_replayable(store, taken, chosen)
     if number < taken - 1:
         raise ConfigError(
-            f"the checkpoint of iteration {number} is older than the policy that sampled iteration {taken}, that of "
+            f"the checkpoint of iteration {number} is older than the policy that iteration {taken} trains, that of "
             f"{taken - 1}, and no policy after it; take one from {taken - 1} on"
         )
     run = prepare(config, store.run_id, _progress)

@@ -22,8 +22,7 @@ def require_attention_support(folder: Path, training: TrainingConfig) -> None:
     other = "sdpa" if training.attention == "flash_attention_2" else "flash_attention_2"
     if _supports(family, other):
         kernels = getattr(family, "_compatible_flash_implementations", None) if other == "flash_attention_2" else None
-        taken = f", in place of which this family takes {' or '.join(kernels)}" if kernels else ""
-        way_out = f"set training.attention = {other!r}{taken}, or choose another model"
+        way_out = f"set training.attention = {other!r}{_replaced(kernels)}, or choose another model"
     else:
         way_out = f"nor has it {other!r}, so that it can't be trained here: choose another model"
     raise ConfigError(
@@ -36,6 +35,17 @@ def _family(folder: Path) -> Any:
     kind = type(model_config(folder))
     mappings = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
     return next((mapping[kind] for mapping in mappings if kind in mapping), None)
+
+
+def _replaced(kernels: list[str] | None) -> str:
+    """What transformers takes in place of `flash_attention_2` in families that name `kernels` of their own."""
+    if not kernels or "flash_attention_2" in kernels:
+        return ""
+    # `PreTrainedModel._check_and_adjust_attn_implementation` takes the first, and fails without the package.
+    return (
+        f" (transformers takes {kernels[0]!r} in its place here: a machine that trains needs the package kernels too, "
+        "which fetches that from the Hugging Face Hub)"
+    )
 
 
 def _supports(family: Any, attention: str) -> bool:

@@ -117,7 +117,8 @@ def _baseline(group: RunGroup, wanted: str | None) -> MethodRuns:
 
 def _compare(group: RunGroup, baseline: MethodRuns) -> GroupComparison:
     keys = {key for run in group.runs for part in run.iterations for key in part.metrics}
-    rows = [_row(measure, group, baseline) for measure in measures_of(group.mini_steps, keys)]
+    measures = measures_of(group.mini_steps, keys, group.one_step_off)
+    rows = [_row(measure, group, baseline) for measure in measures]
     return GroupComparison(
         mini_steps=group.mini_steps,
         model=group.model,

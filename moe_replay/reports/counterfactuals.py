@@ -18,8 +18,9 @@ class RoutesTried(_Record):
     kl_k3: float | None
     """Of the rollout's policy to the trainer's before the update, under these routes.
 
-    None where the method would have sampled from another policy: a rollout under predicted gates is not one without,
-    so neither can stand for the other.
+    It holds staleness, and so does the next, where the rollout is one step off or carried over. None where the method
+    would have sampled from another policy: a rollout under predicted gates is not one without, so neither can stand for
+    the other.
     """
     extreme_fraction: float | None
     """Share of response tokens whose ratio of these two passes 2; None where `kl_k3` is."""

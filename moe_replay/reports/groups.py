@@ -101,6 +101,11 @@ class RunGroup:
         """Of the methods, in order."""
         return [method.label for method in self.methods]
 
+    @property
+    def one_step_off(self) -> bool:
+        """Whether stages overlapped, so that the time of an iteration is not their sum."""
+        return any(_is_one_step_off(run) for run in self.runs)
+
 
 def group_runs(runs: Sequence[RunResults]) -> list[RunGroup]:
     """Groups of comparable runs, by ascending κ.
@@ -145,8 +150,22 @@ def _group(runs: list[RunResults]) -> RunGroup:
             MethodRuns(label, tuple(run.only(common) for run in sorted(same, key=lambda run: run.seed)))
             for label, same in methods.items()
         ),
-        notes=tuple(note for run in runs for note in _notes(run, common)),
+        notes=tuple([note for run in runs for note in _notes(run, common)] + _notes_of_all(runs)),
     )
+
+
+def _notes_of_all(runs: list[RunResults]) -> list[str]:
+    if not any(map(_is_one_step_off, runs)):
+        return []
+    return [
+        "Rollouts worked beside training (rollout.one_step_off), so an iteration takes less than its stages together: "
+        "its time is left out."
+    ]
+
+
+def _is_one_step_off(run: RunResults) -> bool:
+    # Runs of older versions have no such setting.
+    return bool(run.config.get("rollout", {}).get("one_step_off"))
 
 
 def _notes(run: RunResults, common: set[int]) -> list[str]:

@@ -40,8 +40,11 @@ class Measure:
         return iterations[-1:] if self.window == "last" else iterations[-max(1, -(-len(iterations) // 3)) :]
 
 
-def measures_of(mini_steps: int, keys: set[str]) -> list[Measure]:
-    """The rows for runs of κ `mini_steps` whose metrics have these keys."""
+def measures_of(mini_steps: int, keys: set[str], one_step_off: bool) -> list[Measure]:
+    """The rows for runs of κ `mini_steps` whose metrics have these keys.
+
+    None of time where they are `one_step_off`: what stages take side by side adds up to more than an iteration.
+    """
     kl = metric("mismatch/kl_k3")
     benchmarks = sorted(key for key in keys if key.startswith("eval/") and key.endswith("/avg_at_n"))
     return [
@@ -61,7 +64,7 @@ def measures_of(mini_steps: int, keys: set[str]) -> list[Measure]:
         Measure("predictor: iterations served by one", is_served, "mean", "percent", None),
         Measure("predictor: agreement gained", agreement_gain, "mean", "points", "higher", is_gain=True),
         Measure("predictor: KL saved", kl_saved, "mean", "percent", "higher", is_gain=True),
-        Measure("time of an iteration, evaluation aside", training_seconds, "median", "seconds", "lower"),
+        *([] if one_step_off else [_time()]),
     ]
 
 
@@ -114,6 +117,10 @@ def shown(value: float, unit: Unit, signed: bool = False) -> str:
             return f"{value:{sign}.2f} s"
         case "number":
             return f"{value:{sign}.3f}"
+
+
+def _time() -> Measure:
+    return Measure("time of an iteration, evaluation aside", training_seconds, "median", "seconds", "lower")
 
 
 def _agreement(step: int, mini_steps: int) -> Measure:

@@ -1,7 +1,9 @@
 """Counterfactual replay: other methods' routes on the stored tokens of one rollout, without rolling out again.
 
-The policy that sampled the batch gives each method's routes and its log-probs under them; a later checkpoint then says
-how far its routers have moved away from each. Runs in the training engine's process and changes nothing of the run.
+The policy that the iteration trains gives each method's routes and its log-probs under them; a later checkpoint then
+says how far its routers have moved away from each. Where the batch was sampled by an older one (one step off, partial
+rollouts), the difference of its log-probs from the rollout's holds staleness too. Runs in the training engine's process
+and changes nothing of the run.
 
 Shapes: N sequences, S response tokens of the longest, T tokens of a mini-batch, L MoE layers, K experts per token.
 """
@@ -161,7 +163,7 @@ class _Replay:
         trainer's own passes would have the rest too."""
 
     def route_all(self, tried: Sequence[_Tried], policy: ArtifactRef, routes: Artifact, progress: Progress) -> None:
-        """Choose each method's routes under the policy that sampled the batch, and score it under them."""
+        """Choose each method's routes under the policy that the iteration trains, and score the batch under them."""
         archive = RouteArchive.open(routes)
         archive.require_tokens(self.responses.digests)
         self._hold(policy)

@@ -67,18 +67,23 @@ def installed(posts: tuple[str, list], prefect_api: str, prefect_for_commands: N
 
 @pytest.fixture(scope="module", autouse=True)
 def past(installed: list[str], prefect_api: str) -> dict[str, str]:
-    """Flow runs, by flow, that sent a sign of life a minute ago; and two whose stages told of themselves.
+    """Flow runs, by flow, that sent a sign of life a minute ago; and four whose stages told of themselves.
 
     They have half a minute left. They are told of right after the installation: then the server looks for what is
     overdue within seconds, and at what it knows by then again as soon as it is due; otherwise in two minutes.
     """
     runs = {flow: running(prefect_api, flow) for flow in ("another", "train")}
     beats = [event("prefect.flow-run.heartbeat", run, 60, flow) for flow, run in runs.items()]
-    silent, finished = ({"run": run, "stage": "training", "iteration": 3} for run in ("silent", "finished"))
+    silent, finished, left = ({"run": r, "stage": "training", "iteration": 3} for r in ("silent", "finished", "left"))
+    ahead = {"stage": "rollout", "iteration": 4, "beside": ["training of iteration 3"]}
     stages = [
         event("moe-replay.stage.started", "1", 90, **silent),
         event("moe-replay.stage.started", "2", 90, **finished),
         event("moe-replay.stage.finished", "2", 89, **finished),
+        event("moe-replay.stage.started", "4", 90, **left),
+        event("moe-replay.stage.finished", "4", 89, run="left", **ahead),
+        event("moe-replay.stage.progressed", "4", 89, **left),
+        event("moe-replay.stage.started", "5", 90, run="both silent", **ahead),
     ]
     ask(f"{prefect_api}/events", [*beats, *stages])
     return runs
@@ -194,9 +199,10 @@ def test_a_stability_alarm_is_posted_with_metric_and_bound(received: Received, p
 def test_a_stage_that_falls_silent_is_posted_and_one_that_finished_is_not(
     received: Received, posts: tuple[str, list[dict[str, Any]]]
 ) -> None:
-    assert received(alert="stalled")["run"] == "silent"
-    assert "training of iteration 3" in received(alert="stalled")["text"]
-    assert {body["run"] for body in posts[1] if body["alert"] == "stalled"} == {"silent"}
+    assert "training of iteration 3" in received(alert="stalled", run="silent")["text"]
+    assert received(alert="stalled", run="left")["stage"] == "training of iteration 3"
+    assert received(alert="stalled", run="both silent")["stage"] == "rollout of iteration 4 or training of iteration 3"
+    assert "finished" not in {body["run"] for body in posts[1] if body["alert"] == "stalled"}
 
 
 @pytest.mark.slow

@@ -206,6 +206,18 @@ def test_time_is_unknown_until_every_stage_has_one():
     assert training_seconds({"time/rollout": 1.0}) is None
 
 
+def test_the_time_of_iterations_whose_stages_overlap_is_left_out_and_that_is_said(runs):
+    time = "time of an iteration, evaluation aside, median"
+    assert rows_of(compare_methods(group_runs(runs)))[time].unit == "seconds"
+    root = in_memory()
+    ahead = {"rollout": CONFIG["rollout"] | {"one_step_off": True}}
+    aside = [read_results(make_run(root, f"{method}-aside", method, config=ahead)) for method in ("grpo", "r3")]
+    found = compare_methods(group_runs(aside))
+    assert time not in rows_of(found)
+    assert [note for note in found.groups[0].notes if "one_step_off" in note and "its time is left out" in note]
+    assert not [note for note in compare_methods(group_runs(runs)).groups[0].notes if "one_step_off" in note]
+
+
 def test_runs_on_other_hardware_are_compared_and_runs_scored_by_other_counts_of_samples_are_not(runs):
     root = in_memory()
     on_two_ranks = make_run(root, "r3-ranks", "r3", 0, config={"resources": {"training_world_size": 2}})

@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_packed_or_shared_out_is_refused_before_the_run_e
         (
             "gpt_oss",
             "sdpa",
-            r"GptOssForCausalLM has; set .*'flash_attention_2', in place of which .*vllm-flash",
+            r"GptOssForCausalLM has; set .*'flash_attention_2' \(.* 'kernels-community/vllm-.* package kernels too",
         ),
         ("deepseek_v4", "sdpa", r"DeepseekV4ForCausalLM has; nor has it 'flash_attention_2'.*choose another model"),
         ("llama4_text", "flash_attention_2", r"Llama4ForCausalLM has; set training\.attention = 'sdpa', or choose"),
