@@ -17,9 +17,6 @@ from moe_replay.settings import NONE
 from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run
 
-_SAMPLING = ("seed", "data", "rollout")
-"""Of the config, what has to stay for unfinished responses to go on."""
-
 
 class LeftBehind(NamedTuple):
     """Work of partial rollouts that a fork does not go on with."""
@@ -73,9 +70,9 @@ def left_behind(source: RunStore, config: RunConfig) -> LeftBehind | None:
     Raises as `RunPlan.stored`.
     """
     theirs = RunPlan.stored(source).config
-    if theirs.rollout.partial_response_tokens is None or _samples_alike(theirs, config):
+    if theirs.rollout.partial_response_tokens is None or _sampling(theirs) == _sampling(config):
         return None
-    before, after = (dotted(one.model_dump(mode="json", include={*_SAMPLING})) for one in (theirs, config))
+    before, after = _sampling(theirs), _sampling(config)
     # A partial rollout has as many prompts at work beyond its batch, whatever the lengths of responses.
     return LeftBehind(theirs.rollout.oversampled_prompts, tuple(key for key in before if before[key] != after[key]))
 
@@ -158,7 +155,7 @@ def _require_there(artifact: Artifact) -> None:
 
 def _carried(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig) -> ArtifactRef | None:
     """The rollout whose unfinished responses the new run goes on with, if it samples as the source does."""
-    if config.rollout.partial_response_tokens is None or not _samples_alike(plan.config, config):
+    if config.rollout.partial_response_tokens is None or _sampling(plan.config) != _sampling(config):
         return None
     rollout = source.committed("rollout", iteration - 1)
     assert rollout is not None
@@ -173,8 +170,11 @@ def _carried(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig)
     return _from_elsewhere(rollout)
 
 
-def _samples_alike(one: RunConfig, other: RunConfig) -> bool:
-    return one.digest(*_SAMPLING) == other.digest(*_SAMPLING)
+def _sampling(config: RunConfig) -> dict[str, Any]:
+    """What has to stay for unfinished responses to go on, dotted."""
+    # Beside which training a batch is sampled is nothing to them.
+    beside = {"rollout": {"one_step_off"}}
+    return dotted(config.model_dump(mode="json", include={"seed", "data", "rollout"}, exclude=beside))
 
 
 def _trainings(source: RunStore, plan: RunPlan, iteration: int, config: RunConfig) -> tuple[ArtifactRef, ...]:

@@ -12,7 +12,15 @@ from typing import Any
 from uuid import uuid4
 
 from moe_replay.archive.commits import ArtifactRef, Commit, StoredObject, canonical_json, sha256_hex
-from moe_replay.archive.layout import ABOUT_KEY, COMMIT_FILE, RUN_FILE, STAGES, TIMING_FILE, RunLayout
+from moe_replay.archive.layout import (
+    ABOUT_KEY,
+    COMMIT_FILE,
+    RUN_FILE,
+    STAGES,
+    TIMING_FILE,
+    RunLayout,
+    superseded_folder,
+)
 from moe_replay.archive.reading import Artifact
 from moe_replay.archive.storage import Storage
 from moe_replay.archive.writing import StageKey, StageWriter, timing_of
@@ -187,11 +195,13 @@ class RunStore:
     def open(self, ref: ArtifactRef) -> Artifact:
         """Open an artifact of this run, or of elsewhere when its uri is a URL.
 
-        Raises ArchiveCorrupt unless its commit object is the very one `ref` names and belongs where it lies.
+        Raises ArchiveCorrupt unless its commit object is the very one `ref` names and belongs where it lies. What was
+        superseded elsewhere is found where it is kept since.
         """
-        artifact = Artifact.open(Storage.at(ref.uri) if ref.is_url else self._run / ref.uri, ref)
-        if not ref.is_url:
-            self._require_in_place(ref, artifact.commit)
+        if ref.is_url:
+            return _open_elsewhere(ref)
+        artifact = Artifact.open(self._run / ref.uri, ref)
+        self._require_in_place(ref, artifact.commit)
         return artifact
 
     def verify(self, ref: ArtifactRef) -> list[str]:
@@ -253,6 +263,19 @@ class RunStore:
                 f"{commit.run_id}, iteration {commit.iteration}, stage {commit.stage}; "
                 "restore the run's own, or delete the folder"
             )
+
+
+def _open_elsewhere(ref: ArtifactRef) -> Artifact:
+    place = Storage.at(ref.uri)
+    try:
+        return Artifact.open(place, ref)
+    except ArchiveCorrupt:
+        aside = place.beside(superseded_folder(ref.uri.rstrip("/").rpartition("/")[2], ref.sha256))
+        try:
+            return Artifact.open(aside, ref)
+        except ArchiveCorrupt:
+            pass
+        raise
 
 
 def _differing_keys(stored: Any, wanted: Any, prefix: str = "") -> list[str]:

@@ -80,7 +80,8 @@ def _run_flow(
     from tasks.reporting import hearing_results
     from tasks.stability import hearing_alarms
 
-    title = f"run {run_id}: method {config.method.label}, {config.iterations} iterations"
+    beside = ", rollouts one step off" if config.rollout.one_step_off else ""
+    title = f"run {run_id}: method {config.method.label}{beside}, {config.iterations} iterations"
     with (
         RunDisplay(console, title) as display,
         listening(display.on_progress),

@@ -153,7 +153,8 @@ def _told(seen: RunOverview, named: str, with_heartbeat: bool = True) -> Iterato
             answer = "answer in Prefect (Resume of the paused flow run), or cancel that and resume with --decide"
             yield Text(f"{at} waits for a decision: {seen.alarm.reason}; {answer}")
         elif at:
-            yield Text(f"at work: {at}")
+            beside = f", beside it {seen.beside[1]} of iteration {seen.beside[0]}" if seen.beside else ""
+            yield Text(f"at work: {at}{beside}")
     elif seen.alarm and seen.plan:
         actions = "|".join(seen.alarm.actions(seen.plan.config.method))
         told = f"{at} waits for a decision: {seen.alarm.reason}"

@@ -31,7 +31,7 @@ _NO_PART_OF_RESULTS = (
 """Paths among them: what lies there is compared by checksum. Of the alarm decisions count, and notes tell of those."""
 _BENCHMARK_FILES = "evaluation.benchmarks."
 _OF_PREDICTORS = ("predictor.", "evolution.")
-_VARIANTS = (*_OF_PREDICTORS, "rollout.gate_dtype")
+_VARIANTS = (*_OF_PREDICTORS, "rollout.gate_dtype", "rollout.one_step_off")
 """Settings that are part of how a method is done, so that runs which differ in them are told apart and compared."""
 _SHOWN = 8
 
@@ -192,7 +192,7 @@ def _labels(runs: list[RunResults]) -> list[str]:
     first: dict[str, Any] = {}
     labels = []
     for run in runs:
-        settings = dotted(run.config)
+        settings = {"rollout.one_step_off": False} | dotted(run.config)
         predicts = bool(settings.get("method.predictor"))
         variants = {
             key: value
@@ -223,7 +223,7 @@ def _require_same_settings(one: RunResults, other: RunResults) -> None:
         told = ", ".join(f"{key} ({a[key]!r} and {b[key]!r})" for key in keys[:_SHOWN])
         raise ConfigError(
             f"runs {one.run_id} and {other.run_id} can't be compared: {told} differ; runs of one κ may differ in "
-            "method, seed and the settings of predictors alone"
+            "method, seed, rollout.one_step_off and the settings of predictors alone"
         )
 
 

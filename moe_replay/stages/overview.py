@@ -21,6 +21,8 @@ class RunOverview(NamedTuple):
     runner: Claim | None
     following: tuple[int, str] | None
     """Iteration and stage that is made next; none of a complete run, or one that has no plan."""
+    beside: tuple[int, str] | None
+    """What is made at the same time, where rollouts are one step off."""
     alarm: Alarm | None
     """Why the run waits for a decision."""
     generation: int
@@ -41,7 +43,8 @@ class RunOverview(NamedTuple):
         batch = waiting_batch(store) if following and following[1] == "training" else None
         alarm = batch.waiting() if batch and following and batch.iteration == following[0] else None
         stages = [one for n, ours in found.items() for one in ours if _has(plan, document, n, one)]
-        return cls(plan, tuple(stages), find_holder(store.folder), following, alarm, generation)
+        beside = _beside(plan, found, following) if plan and following else None
+        return cls(plan, tuple(stages), find_holder(store.folder), following, beside, alarm, generation)
 
     def settled(self) -> dict[int, list[StageStatus]]:
         """Stages of the iterations before the one at work, where nothing changes but by superseding."""
@@ -80,3 +83,12 @@ def _following(store: RunStore, plan: RunPlan, found: dict[int, list[StageStatus
         if missing := missing_stages(store, plan, n) if committed else plan.stages(n):
             return n, missing[0]
     return None
+
+
+def _beside(plan: RunPlan, found: dict[int, list[StageStatus]], following: tuple[int, str]) -> tuple[int, str] | None:
+    """The rollout of the next iteration, between that of this one and the end of its predictor's fit."""
+    n, stage = following
+    if not plan.config.rollout.one_step_off or stage in ("rollout", "evaluation") or n + 1 not in plan.iterations:
+        return None
+    is_made = any(one.stage == "rollout" and one.state == "committed" for one in found.get(n + 1, []))
+    return None if is_made else (n + 1, "rollout")

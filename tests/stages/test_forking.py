@@ -13,6 +13,7 @@ from moe_replay.archive.cleaning import searches
 from moe_replay.archive.dependents import needed_by_forks
 from moe_replay.archive.removal import Findings, remove
 from moe_replay.archive.retention import Retention, find_removable
+from moe_replay.archive.superseding import made_from, supersede
 from moe_replay.cli.app import app
 from moe_replay.config import RunConfig
 from moe_replay.config_reading import overridden
@@ -194,6 +195,15 @@ def test_a_fork_one_step_off_needs_the_policy_until_its_second_batch_is_sampled(
     prepare(branch.config, "branch", no_progress)
 
 
+def test_a_fork_goes_on_from_what_its_source_took_back(source):
+    branch = fork(source, 2)
+    supersede(source.store(), made_from(source.store(), "training", 1))
+    again = prepare(branch.config, "branch", no_progress)
+    assert again.open(branch.forked_from.policy).ref.sha256 == branch.forked_from.policy.sha256
+    with again.policy(branch.forked_from.policy, with_optimizer=True) as policy:
+        assert [path for path in policy.folder.rglob("*") if path.is_file()]
+
+
 def test_a_fork_of_a_fork_goes_back_no_further_than_its_own(source):
     branch = fork(source, 2)
     branch.store().begin("training", 2, {}, "d").commit()
@@ -232,6 +242,7 @@ def test_a_fork_goes_on_with_what_the_rollout_before_left_if_it_samples_as_the_s
         assert other.forked_from.carried is None
         assert other.carried(None, 1) is None
         assert left_behind(source.store(), other.config) == (3, tuple(key.replace("__", ".") for key in changed))
+    assert fork(source, 1, "beside", rollout__one_step_off=True).forked_from.carried == point.carried
     with pytest.raises(ConfigError, match="goes on with what the rollout before left unfinished, got none"):
         branch.carried(None, 1)
     shutil.rmtree(source.store().folder.local_folder / "iterations/00000/rollout")

@@ -50,6 +50,18 @@ def test_a_rollout_one_step_off_leaves_the_iteration_before_it_at_work(store):
     assert RunOverview.of(store).following == (1, "routes")
 
 
+def test_what_is_sampled_beside_a_training_is_told(tmp_path):
+    store = RunStore(str(tmp_path), "one-step-off")
+    store.create_run({"config": {**CONFIG, "iterations": 2, "rollout": {**CONFIG["rollout"], "one_step_off": True}}})
+    assert RunOverview.of(store).beside is None
+    commit(store, 0, "rollout")
+    assert RunOverview.of(store).beside == (1, "rollout")
+    commit(store, 1, "rollout")
+    assert RunOverview.of(store).beside is None
+    commit(store, 0, *STAGES[1:])
+    assert (RunOverview.of(store).following, RunOverview.of(store).beside) == ((1, "routes"), None)
+
+
 def test_what_was_taken_back_is_next_however_much_is_there_after_it(store):
     commit(store, 0, *STAGES)
     commit(store, 1, *STAGES)
