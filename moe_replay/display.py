@@ -75,6 +75,11 @@ class RunDisplay:
         """Say what the stability alarm saw, and what is done about it."""
         self._console.print(f"stability alarm, {told}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
+    def on_retry(self, told: str) -> None:
+        """Say that a stage is tried again, and the first line of why."""
+        first = told.partition("\n")[0]
+        self._console.print(first, style="yellow", soft_wrap=True, highlight=False, markup=False)
+
     def _render(self) -> Group:
         told = ", ".join(f"{stage}: {at}" if stage else str(at) for stage, at in self._at_work.items())
         return Group(results_table(self._title, self._results), Text(told, style="dim"))

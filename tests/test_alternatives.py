@@ -167,6 +167,7 @@ def test_an_iteration_of_verl_is_told_by_its_own_metrics(alternatives, tmp_path)
     }
 
 
+@pytest.mark.slow
 def test_verl_finds_an_engine_a_process_group_and_vllm_on_a_cpu(alternatives, tmp_path):
     from verl_ppo import _environment
 

@@ -63,3 +63,11 @@ def test_what_stages_of_two_threads_said_last_is_shown(display: RunDisplay, term
     finally:
         sys.setswitchinterval(before)
     assert sorted(terminal.line().split(", ")) == [f"{s}: 19999 of 20000 parts" for s in ("rollout", "training")]
+
+
+def test_what_is_tried_again_is_told_in_one_line() -> None:
+    written = io.StringIO()
+    with RunDisplay(Console(file=written, width=40), TITLE) as shown:
+        shown.on_retry("rollout-3 is tried again, attempt 2 of 3: the engine [rollout] ended\nEnd of its log:\n...")
+    told = written.getvalue().splitlines()
+    assert told == [TITLE, "rollout-3 is tried again, attempt 2 of 3: the engine [rollout] ended"]

@@ -78,6 +78,7 @@ def _run_flow(
     from tasks.engines import engines_of
     from tasks.progress import listening
     from tasks.reporting import hearing_results
+    from tasks.retry import hearing_retries
     from tasks.stability import hearing_alarms
 
     beside = ", rollouts one step off" if config.rollout.one_step_off else ""
@@ -87,6 +88,7 @@ def _run_flow(
         listening(display.on_progress),
         hearing_results(display.on_result),
         hearing_alarms(display.on_alarm),
+        hearing_retries(display.on_retry),
     ):
         try:
             with interruptible():
