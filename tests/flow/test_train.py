@@ -247,6 +247,8 @@ def test_stage_whose_engine_dies_is_retried_with_a_fresh_one_and_a_second_runner
     assert RunStore(tmp_path.as_uri(), "lost").commit_of("evaluation", 0) is not None
     attempts = {task["name"]: task["run_count"] for task in tasks_of(prefect_api, ["lost-0"])}
     assert (attempts["rollout-0"], attempts["training-0"]) == (1, 2)
+    again = start("resume", "lost", f"--root={tmp_path.as_uri()}", "--quiet")
+    assert again.communicate(timeout=120)[0] == "lost\n"
 
 
 @pytest.mark.slow
