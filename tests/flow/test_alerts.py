@@ -85,6 +85,11 @@ def past(installed: list[str], prefect_api: str) -> dict[str, str]:
         event("moe-replay.stage.progressed", "4", 89, **left),
         event("moe-replay.stage.started", "5", 90, run="both silent", **ahead),
     ]
+    # The server takes events of one request in no certain order, but where one says what it follows.
+    last: dict[str, str] = {}
+    for told in stages:
+        told["follows"] = last.get(told["resource"]["prefect.resource.id"])
+        last[told["resource"]["prefect.resource.id"]] = told["id"]
     ask(f"{prefect_api}/events", [*beats, *stages])
     return runs
 

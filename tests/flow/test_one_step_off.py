@@ -96,11 +96,11 @@ def test_where_the_alarm_stops_the_training_the_rollout_beside_it_is_kept(tmp_pa
     assert kept is not None
 
     decided = ("resume", "alarmed", f"--root={tmp_path}", "--decide=skip", "--json")
-    # The next batch is as stale and stops the run again.
+    # The next batch is of the very policy that it trains, since nothing was learned; the one after is stale again.
     going_on = start(*decided)
     _, err = going_on.communicate(timeout=600)
     assert going_on.returncode == 3, err
-    assert RunOverview.of(RunStore(str(tmp_path), "alarmed")).following == (2, "training")
+    assert RunOverview.of(RunStore(str(tmp_path), "alarmed")).following == (3, "training")
     assert RunStore(str(tmp_path), "alarmed").commit_of("rollout", 2) == kept, err
     training = RunStore(str(tmp_path), "alarmed").committed("training", 1)
     assert training is not None
