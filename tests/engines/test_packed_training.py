@@ -74,6 +74,7 @@ def test_one_rank_sees_and_does_the_same(trainer, padded, model, training, tmp_p
     assert_same_seens(padded, seen_by(trainer, model, config_of(training), tmp_path))
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_sequences_see_and_do_the_same(sharing, padded, model, tmp_path):
     # 13 tokens on each rank hold the longest sequence of 24, whose parts end within others.
     config = config_of({"packing": True, "micro_batch_tokens": 13, "recompute": True}, **SHARED)

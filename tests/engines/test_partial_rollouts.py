@@ -52,14 +52,14 @@ def commit_policy(run: Run, iteration: int, folder: Path) -> ArtifactRef:
 
 
 def roll_out(engine: EngineProcess, run: Run, folder: Path) -> list[Artifact]:
-    """Iterations 0 and 1 under the run's model, 2 under that in `folder`.
+    """Iterations 0 and 1 under the run's model, which is trained in vain between them, 2 under that in `folder`.
 
     Nearly all answers take five tokens. So the first rollout has two rounds and leaves finished groups, with which the
     second is content after one round; what it leaves is cut at three tokens.
     """
     rollouts: list[Artifact] = []
-    for iteration in range(3):
-        policy = commit_policy(run, 1, folder) if iteration == 2 else run.initial_policy
+    policies = [run.initial_policy, commit_policy(run, 0, run.model), commit_policy(run, 1, folder)]
+    for iteration, policy in enumerate(policies):
         before = rollouts[-1].ref if rollouts else None
         stage = "moe_replay.stages.rollout:generate_rollouts"
         rollouts.append(run.open(engine.call(stage, no_progress, run, iteration, policy, None, before)))
@@ -98,7 +98,7 @@ def test_batches_are_whole_and_what_is_carried_goes_on_at_the_head_of_the_next(p
     about = read_about(third)
     assert about is not None
     assert about.prompts_drawn == 16
-    assert about.origins[1].weights_sha256 == partial.run.initial_policy.sha256
+    assert about.origins[1].weights_sha256 == second.commit.inputs["policy"].sha256
     assert about.origins[2].weights_sha256 == third.commit.inputs["policy"].sha256
     assert third.commit.inputs["carried"] == second.ref
     assert len(continued) > 6
@@ -160,7 +160,8 @@ def test_staleness_and_the_archive_tell_the_weights_of_every_token(partial):
 
 def test_the_same_run_gives_the_same_bytes(partial, rollout_engine, tmp_path):
     again = roll_out(rollout_engine, make_run("again", tmp_path / "runs"), partial.folders[2])
-    assert [one.commit.objects for one in again[:2]] == [one.commit.objects for one in partial.rollouts[:2]]
-    # One object of the last names the policy, whose commit names the run.
-    paths = [{one.path: one.sha256 for one in a.commit.objects} for a in (again[2], partial.rollouts[2])]
-    assert {path for path in paths[0] if paths[0][path] != paths[1].get(path)} == {"partial.json"}
+    assert again[0].commit.objects == partial.rollouts[0].commit.objects
+    # One object of the others names policies, whose commits name the run.
+    for one, other in zip(again[1:], partial.rollouts[1:], strict=True):
+        paths = [{stored.path: stored.sha256 for stored in a.commit.objects} for a in (one, other)]
+        assert {path for path in paths[0] if paths[0][path] != paths[1].get(path)} == {"partial.json"}

@@ -210,6 +210,7 @@ def test_an_empty_prompt_is_refused(embedded):
 # Weights
 
 
+@pytest.mark.slow
 def test_an_engine_killed_at_work_is_lost_and_the_next_one_works(pool, questions):
     first = pool.rollout()
     with pytest.raises(EngineLost, match=r"rollout engine .* exit code -9"):

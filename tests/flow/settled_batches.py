@@ -37,7 +37,7 @@ def stopped(root: Path, **alarm: Any) -> tuple[Run, BatchAlarms]:
 @flow
 def settled_alone(run: Run, batch: BatchAlarms) -> None:
     """Raises StabilityAlarm where nobody decides."""
-    settle(run, batch, StabilityAlarm("the message", *EXCESS))
+    settle(run, batch, StabilityAlarm("the message", *EXCESS), None)
 
 
 @flow

@@ -11,10 +11,8 @@ from command import run_json
 from kills import committed_bytes
 
 
-@pytest.mark.parametrize(
-    "from_stage",
-    [pytest.param((), marks=pytest.mark.slow), ("--from-stage=training", "--iteration=0", "--yes")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("from_stage", [(), ("--from-stage=training", "--iteration=0", "--yes")])
 def test_a_run_that_is_made_longer_has_the_bytes_of_one_that_was_as_long_at_first(
     from_stage: tuple[str, ...], exact_run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -280,6 +280,7 @@ def test_training_that_finds_no_memory_is_retried_on_a_fresh_engine_with_smaller
     assert "micro_batch_tokens" not in undisturbed.commit.attributes
 
 
+@pytest.mark.slow
 def test_permanent_error_fails_the_stage_at_once(
     exact_run: tuple[Path, dict[str, Any]], tmp_path: Path, prefect_api: str
 ) -> None:

@@ -129,7 +129,7 @@ def partial(run: Run, **rollout: int) -> Run:
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_every_batch_is_whole_and_every_prompt_drawn_is_trained_on_once_and_soon(run, data):
     longest, prompts, responses = (data.draw(st.integers(*bounds)) for bounds in ((2, 9), (1, 3), (2, 3)))
