@@ -147,7 +147,7 @@ def load_weights(engine: Any, path: Path) -> None:
 def _reload(worker: Any, path: str) -> None:
     from safetensors.torch import load_file
 
-    from moe_replay.engines.policy_loader import _pack_experts
+    from moe_replay.engines.policy_loader import pack_experts
 
     worker.reload_weights(weights_iterator=iter(load_file(path).items()))
-    _pack_experts(worker.model_runner.get_model())
+    pack_experts(worker.model_runner.get_model())

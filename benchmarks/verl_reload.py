@@ -6,7 +6,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from moe_replay.engines.policy_loader import _pack_experts
+from moe_replay.engines.policy_loader import pack_experts
 
 
 class Reload(vLLMColocateWorkerExtension):
@@ -22,4 +22,4 @@ class Reload(vLLMColocateWorkerExtension):
         # The sender's buffer is used again.
         receiver.receive_weights(lambda weights, is_last: received.extend((name, one.clone()) for name, one in weights))
         worker.reload_weights(weights_iterator=iter(received))
-        _pack_experts(worker.model_runner.get_model())
+        pack_experts(worker.model_runner.get_model())

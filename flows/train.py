@@ -94,7 +94,7 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
 
     rollout = before.rollout or roll_out(run, n, before.policy, at_rollout, before.carried)
     carried = rollout if config.rollout.partial_response_tokens else None
-    goes_ahead, evaluates = config.rollout.one_step_off and n + 1 in run.plan.iterations, run.plan.evaluates(n)
+    goes_ahead, evaluates = run.plan.rolls_out_beside(n), run.plan.evaluates(n)
     roll_out_next = partial(roll_out.submit, run, n + 1, before.policy, None, carried)
     with beside(run, roll_out_next if goes_ahead else None) as ahead:
         routes = configured(archive_routes, config.stages)(run, n, rollout)

@@ -70,9 +70,9 @@ def left_behind(source: RunStore, config: RunConfig) -> LeftBehind | None:
     Raises as `RunPlan.stored`.
     """
     theirs = RunPlan.stored(source).config
-    if theirs.rollout.partial_response_tokens is None or _sampling(theirs) == _sampling(config):
-        return None
     before, after = _sampling(theirs), _sampling(config)
+    if theirs.rollout.partial_response_tokens is None or before == after:
+        return None
     # A partial rollout has as many prompts at work beyond its batch, whatever the lengths of responses.
     return LeftBehind(theirs.rollout.oversampled_prompts, tuple(key for key in before if before[key] != after[key]))
 

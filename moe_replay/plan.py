@@ -118,6 +118,10 @@ class RunPlan(_Record):
         """All iterations that the run has in the end; a fork has none before the one it was forked at."""
         return range(self.forked_from.iteration if self.forked_from else 0, self.config.iterations)
 
+    def rolls_out_beside(self, iteration: int) -> bool:
+        """Whether the next iteration's batch is sampled while this one is trained on."""
+        return self.config.rollout.one_step_off and iteration + 1 in self.iterations
+
     def evaluates(self, iteration: int) -> bool:
         """Whether the policy is scored after an iteration.
 

@@ -2,31 +2,19 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from tasks.events import EVENT_EVERY_SECONDS, tell_progress
-
-Listener = Callable[[str, int, int, str], None]
-"""Called with (stage, done, total, what)."""
+from tasks.listeners import Listeners
 
 _FIRST_REPORT_SECONDS = 2.0
 _REPORT_EVERY_SECONDS = 1.0
-_listeners: list[Listener] = []
-
-
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Have `listener` told of progress made in this process."""
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
+_progress = Listeners[[str, int, int, str]]()
+listening = _progress.hearing
+"""Has a listener called with (stage, done, total, what) when progress is made in this process."""
 
 
 def artifact_key(*parts: str) -> str:
@@ -46,8 +34,7 @@ class StageProgress:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Report that `done` of `total` are through."""
-        for listener in _listeners:
-            listener(self._stage, done, total, what)
+        _progress.tell(self._stage, done, total, what)
         if time.monotonic() >= self._next_event:
             tell_progress(self._run_id, self._stage, self._iteration)
             self._next_event = time.monotonic() + EVENT_EVERY_SECONDS

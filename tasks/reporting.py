@@ -1,8 +1,5 @@
 """Results as they come: to whoever listens in this process, to the log, and as artifacts to the Prefect UI."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -11,27 +8,18 @@ from prefect.logging.handlers import APILogHandler
 from moe_replay.archive.layout import STAGES
 from moe_replay.places import as_argument
 from moe_replay.stages.run import Run
+from tasks.listeners import Listeners
 from tasks.progress import artifact_key
 from tasks.tracking.server import run_page
 
-ResultListener = Callable[[str, int, dict[str, float]], None]
-"""Called with (run id, iteration, its metrics)."""
 HEADLINES = ("reward/mean", "mismatch/kl_k3", "mismatch/extreme_fraction", "routing/agreement")
 """The metrics that tell at a glance how a run fares; evaluation's are added."""
 _ROWS = 50
 """Newest iterations that artifacts show: Prefect keeps each version of them, and MLflow has all."""
 
-_listeners: list[ResultListener] = []
-
-
-@contextmanager
-def hearing_results(listener: ResultListener) -> Iterator[None]:
-    """Have `listener` told of each iteration that ends in this process."""
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
+_results = Listeners[[str, int, dict[str, float]]]()
+hearing_results = _results.hearing
+"""Has a listener called with (run id, iteration, its metrics) when an iteration ends in this process."""
 
 
 def headlines(metrics: dict[str, float]) -> dict[str, float]:
@@ -44,8 +32,7 @@ def headlines(metrics: dict[str, float]) -> dict[str, float]:
 def report_results(run: Run, results: dict[int, dict[str, float]], mlflow_run_id: str) -> None:
     """Tell listeners and the log of the newest iteration, and refresh the run's two artifacts in the Prefect UI."""
     newest = max(results)
-    for listener in _listeners:
-        listener(run.run_id, newest, results[newest])
+    _results.tell(run.run_id, newest, results[newest])
     told = ", ".join(f"{name} {value:.4g}" for name, value in headlines(results[newest]).items())
     get_run_logger().info("iteration %d: %s", newest, told)
     shown = list(results.items())[-_ROWS:]

@@ -1,8 +1,6 @@
 """Stability alarms as people meet them: in the log, in the Prefect UI, as events, as a form, and in this process."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
@@ -22,13 +20,11 @@ from moe_replay.alarm import Action
 from moe_replay.stages.decisions import Alarm
 from moe_replay.stages.run import Run
 from tasks.engines import engines_of
+from tasks.listeners import Listeners
 from tasks.progress import artifact_key
 
 EVENT = "moe-replay.stability-alarm"
 """Event of an alarm, for automations; `run`, `iteration`, `metric`, `value`, `bound` are in its payload."""
-
-AlarmListener = Callable[[str], None]
-"""Called with what was seen and what is done about it."""
 
 _POLL_SECONDS = 3
 _MEANINGS: dict[Action, str] = {
@@ -37,17 +33,9 @@ _MEANINGS: dict[Action, str] = {
     "lower_lr": "train on it with the learning rate times `alarm.lr_factor`",
     "fall_back": "train on it under the routes of the rollout, as r3 does",
 }
-_listeners: list[AlarmListener] = []
-
-
-@contextmanager
-def hearing_alarms(listener: AlarmListener) -> Iterator[None]:
-    """Have `listener` told of alarms in this process."""
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
+_alarms = Listeners[[str]]()
+hearing_alarms = _alarms.hearing
+"""Has a listener called with what an alarm of this process saw, and what is done about it."""
 
 
 def announce(run: Run, alarm: Alarm) -> None:
@@ -62,8 +50,7 @@ def announce(run: Run, alarm: Alarm) -> None:
 def report(run: Run, alarm: Alarm, outcome: str) -> None:
     """Tell listeners, the log and the Prefect UI what was seen and what comes of it."""
     told = f"iteration {alarm.iteration}: {alarm.reason}: {outcome}"
-    for listener in _listeners:
-        listener(told)
+    _alarms.tell(told)
     get_run_logger().warning("stability alarm: %s", told)
     try:
         create_markdown_artifact(

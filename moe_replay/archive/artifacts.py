@@ -6,6 +6,7 @@ task and a new machine all skip what is committed.
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -271,10 +272,8 @@ def _open_elsewhere(ref: ArtifactRef) -> Artifact:
         return Artifact.open(place, ref)
     except ArchiveCorrupt:
         aside = place.beside(superseded_folder(ref.uri.rstrip("/").rpartition("/")[2], ref.sha256))
-        try:
+        with suppress(ArchiveCorrupt):
             return Artifact.open(aside, ref)
-        except ArchiveCorrupt:
-            pass
         raise
 
 

@@ -48,7 +48,7 @@ class PolicyLoader:
                 self._moe_replay_reload_routers(routers, gates)
             else:
                 self.reload_weights(weights_iterator=gates.merge(_checkpoint(self.model_runner, folder)))
-                _pack_experts(model)
+                pack_experts(model)
         except BaseException:
             _end_reload(model, self.model_runner.model_config)
             raise
@@ -89,7 +89,7 @@ def _checkpoint(model_runner: Any, folder: str) -> Iterator[tuple[str, Tensor]]:
     return loader.get_all_weights(source, model_runner.get_model())
 
 
-def _pack_experts(model: nn.Module) -> None:
+def pack_experts(model: nn.Module) -> None:
     """Pack the experts' weights again for vLLM's CPU kernel, which a reload leaves in the plain layout.
 
     The kernel would read that layout as its own and answer garbage, without an error.

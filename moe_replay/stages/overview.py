@@ -88,7 +88,7 @@ def _following(store: RunStore, plan: RunPlan, found: dict[int, list[StageStatus
 def _beside(plan: RunPlan, found: dict[int, list[StageStatus]], following: tuple[int, str]) -> tuple[int, str] | None:
     """The rollout of the next iteration, between that of this one and the end of its predictor's fit."""
     n, stage = following
-    if not plan.config.rollout.one_step_off or stage in ("rollout", "evaluation") or n + 1 not in plan.iterations:
+    if stage in ("rollout", "evaluation") or not plan.rolls_out_beside(n):
         return None
     is_made = any(one.stage == "rollout" and one.state == "committed" for one in found.get(n + 1, []))
     return None if is_made else (n + 1, "rollout")

@@ -191,8 +191,7 @@ class Run(BaseModel):
         fork = self.forked_from
         if fork is None:
             return
-        rolls_out_ahead = self.config.rollout.one_step_off and fork.iteration + 1 in self.plan.iterations
-        needed = needed_starts(self.store(), fork.iteration, rolls_out_ahead)
+        needed = needed_starts(self.store(), fork.iteration, self.plan.rolls_out_beside(fork.iteration))
         for ref in filter(None, (getattr(fork, name) for name in needed)):
             try:
                 found = self.open(ref)
