@@ -4,10 +4,10 @@ from functools import partial
 from typing import NamedTuple
 
 from prefect import flow
-from prefect.utilities.annotations import quote
 
 from flows.beside import beside
 from flows.stability import train_watched
+from flows.telling import Telling
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig
 from moe_replay.stages.decisions import is_skipped
@@ -18,9 +18,8 @@ from tasks.failures import LOGGED_FAILURES
 from tasks.heartbeats import sending_heartbeats, taking_over_heartbeats
 from tasks.naming import own_run_id, training_name
 from tasks.preparation import prepared_run
-from tasks.reporting import report_results
 from tasks.stages import archive_routes, configured, evaluate_policy, fit_predictor, generate_rollouts
-from tasks.tracking.steps import close_tracking, open_tracking, recording_system_metrics, track_iteration
+from tasks.tracking.steps import close_tracking, open_tracking, recording_system_metrics
 
 
 class Learned(NamedTuple):
@@ -59,17 +58,17 @@ def train(
         tracked = open_tracking(run)
         succeeded = False
         try:
-            learned, results = start_of(run), {}
+            learned, telling = start_of(run), Telling(run, tracked)
             with (
                 recording_system_metrics(run, tracked),
                 refreshing_dashboard(run, tracked) as refresh,
                 taking_over_heartbeats(),
             ):
                 for n in run.plan.iterations:
-                    learned, results[n] = iterate(run, n, learned, tracked)
-                    # Quoted, or the graph would join every iteration with every later report.
-                    report_results(run, quote(results), tracked)
+                    learned = iterate(run, n, learned, telling)
+                    telling.ended(n)
                     refresh(n)
+                telling.catch_up()
             succeeded = True
         finally:
             close_tracking(run, tracked, succeeded)
@@ -84,15 +83,19 @@ def start_of(run: Run) -> Learned:
 
 @flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)
 @sending_heartbeats()
-def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, dict[str, float]]:
-    """Roll out, archive the routes, train under them, fit the predictor, evaluate; returns also the metrics."""
+def iterate(run: Run, n: int, before: Learned, telling: Telling) -> Learned:
+    """Roll out, archive the routes, train under them, fit the predictor, evaluate."""
     config, method = run.config, run.config.method
     roll_out, evaluate = (configured(stage, config.stages) for stage in (generate_rollouts, evaluate_policy))
     # The pass whose routes are replayed is the one that is predicted.
     at_rollout = before.predictor if method.route_source == "rollout" else None
     at_old_pass = before.predictor if method.route_source == "old_log_prob" else None
 
-    rollout = before.rollout or roll_out(run, n, before.policy, at_rollout, before.carried)
+    roll_out_now = partial(roll_out.submit, run, n, before.policy, at_rollout, before.carried)
+    with beside(run, None if before.rollout else roll_out_now) as begun:
+        telling.catch_up()
+    rollout = begun.result() if begun else before.rollout
+    assert rollout is not None
     carried = rollout if config.rollout.partial_response_tokens else None
     goes_ahead, evaluates = run.plan.rolls_out_beside(n), run.plan.evaluates(n)
     roll_out_next = partial(roll_out.submit, run, n + 1, before.policy, None, carried)
@@ -107,5 +110,4 @@ def iterate(run: Run, n: int, before: Learned, tracked: str) -> tuple[Learned, d
                 predictor = configured(fit_predictor, config.stages)(run, n, trainings, before.predictor)
     if evaluates and goes_ahead:
         evaluate(run, n, policy)
-    learned = Learned(policy, predictor, trainings, carried, ahead and ahead.result())
-    return learned, track_iteration(run, tracked, n)
+    return Learned(policy, predictor, trainings, carried, ahead and ahead.result())

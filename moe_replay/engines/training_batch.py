@@ -67,29 +67,31 @@ class PassRoutes:
             for number, (trace, sequence) in enumerate(zip(traces, sequences, strict=True)):
                 trace.require_model(num_experts, top_k, layers, f"the trace of sequence {number}")
                 _require_tokens(number, trace, sequence)
-            fields[name] = nested([_with_gaps(trace) for trace in traces])
+            fields[name] = _with_gaps(traces)
         if self.sampled is not None:
             pairs = enumerate(zip(self.sampled, sequences, strict=True))
-            fields["sampled_rows"] = nested([_flags(number, places, one) for number, (places, one) in pairs])
+            flags = [_flags(number, places, one) for number, (places, one) in pairs]
+            fields["sampled_rows"] = _jagged(torch.cat(flags), torch.tensor([len(one) for one in flags]))
         return fields
 
 
 def token_fields(sequences: Sequence[TokenSequence], per_token: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """verl's fields of the tokens, and of what there is for each response token, given as [N, S]."""
-    whole = [torch.cat([sequence.prompt_ids, sequence.response_ids]) for sequence in sequences]
-    lengths = [len(sequence.response_ids) for sequence in sequences]
+    prompts, responses = ([getattr(one, name) for one in sequences] for name in ("prompt_ids", "response_ids"))
+    prompt_N, response_N = (torch.tensor([len(ids) for ids in rows]) for rows in (prompts, responses))
+    total_N = prompt_N + response_N
+    position_T = torch.arange(int(total_N.sum())) - (total_N.cumsum(0) - total_N).repeat_interleave(total_N)
+    pieces = [ids for one in sequences for ids in (one.prompt_ids, one.response_ids)]
     fields = {
-        "input_ids": nested(whole),
-        "position_ids": nested([torch.arange(len(ids)) for ids in whole]),
-        "prompts": nested([sequence.prompt_ids for sequence in sequences]),
-        "responses": nested([sequence.response_ids for sequence in sequences]),
-        "response_mask": nested([torch.ones(length, dtype=torch.int64) for length in lengths]),
-        "loss_mask": nested(
-            [torch.cat([torch.zeros(len(s.prompt_ids)), torch.ones(len(s.response_ids))]) for s in sequences]
-        ),
+        "input_ids": _jagged(torch.cat(pieces), total_N),
+        "position_ids": _jagged(position_T, total_N),
+        "prompts": _jagged(torch.cat(prompts), prompt_N),
+        "responses": _jagged(torch.cat(responses), response_N),
+        "response_mask": _jagged(torch.ones(int(response_N.sum()), dtype=torch.int64), response_N),
+        "loss_mask": _jagged((position_T >= prompt_N.repeat_interleave(total_N)).float(), total_N),
     }
     for name, values_NS in per_token.items():
-        fields[name] = nested([row[:length] for row, length in zip(values_NS, lengths, strict=True)])
+        fields[name] = _jagged(values_NS[torch.arange(values_NS.shape[1]) < response_N[:, None]], response_N)
     return fields
 
 
@@ -112,9 +114,14 @@ def as_batch(fields: dict[str, Tensor], sequences: int, packing: bool, **setting
     return batch
 
 
-def nested(rows: list[Tensor]) -> Tensor:
-    """One tensor of rows that differ in their first dimension."""
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+def _jagged(values: Tensor, length_N: Tensor) -> Tensor:
+    """One nested tensor of N rows of `length_N` in their first dimension, which lie one after the other in `values`.
+
+    Made at once: of a list of rows torch makes it row by row, which takes as long as a small model's forward pass.
+    """
+    offsets = torch.cat([length_N.new_zeros(1), length_N.cumsum(0)])
+    shortest, longest = int(length_N.min()), int(length_N.max())
+    return torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=shortest, max_seqlen=longest)
 
 
 def _require_tokens(number: int, trace: RoutingTrace, sequence: TokenSequence) -> None:
@@ -125,13 +132,13 @@ def _require_tokens(number: int, trace: RoutingTrace, sequence: TokenSequence) -
         )
 
 
-def _with_gaps(trace: RoutingTrace) -> Tensor:
-    """The trace as verl's `routed_experts` of one sequence: int32 [T, L, K], -1 where there is no route."""
+def _with_gaps(traces: Sequence[RoutingTrace]) -> Tensor:
+    """Traces as verl's `routed_experts`: int32 [N, T, L, K], nested by sequence, -1 where there is no route."""
     from moe_replay.engines.replay_engine import NO_ROUTE
 
-    ids_TLK = torch.from_numpy(trace.ids_TLK.astype("int32"))
-    ids_TLK[~torch.from_numpy(trace.valid_T)] = NO_ROUTE
-    return ids_TLK
+    ids_TLK = np.concatenate([trace.ids_TLK for trace in traces], dtype=np.int32)
+    ids_TLK[~np.concatenate([trace.valid_T for trace in traces])] = NO_ROUTE
+    return _jagged(torch.from_numpy(ids_TLK), torch.tensor([trace.num_tokens for trace in traces]))
 
 
 def _flags(number: int, positions: npt.NDArray[np.int64], sequence: TokenSequence) -> Tensor:

@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,8 +21,10 @@ from moe_replay.archive.routes import RouteOrigin, token_digest
 from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace, route_dtype
 
-PART_ROWS = 64
-"""Samples in one object: what reading holds in memory at a time."""
+PART_ROWS, PART_BYTES = 1024, 64 << 20
+"""Samples in one object, and bytes that they take in memory, beyond which it takes no more."""
+_ITEM_BYTES = 32
+"""What Python takes for a token id or log-prob in a list."""
 
 _ANSWERS, _CAPTURED = "part", "captured"
 
@@ -104,7 +106,7 @@ class Sample(Answer):
 
 
 def write_samples(writer: StageWriter, samples: Sequence[Sample]) -> None:
-    """Write `part-*.parquet` and the routes in `captured-*.parquet`, `PART_ROWS` samples each.
+    """Write `part-*.parquet`, and the routes in `captured-*.parquet`, by `write_parts`.
 
     All samples have weight versions, or none.
     """
@@ -115,15 +117,30 @@ def write_samples(writer: StageWriter, samples: Sequence[Sample]) -> None:
 
 
 def write_parts(writer: StageWriter, kind: str, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
-    """Write rows to `<kind>-*.parquet`, `PART_ROWS` each, as many of which are held at a time."""
+    """Write rows to `<kind>-*.parquet`: up to `PART_ROWS` each, fewer where these take `PART_BYTES` and more."""
     left = iter(rows)
     for part in count():
-        held = list(islice(left, PART_ROWS))
+        held = list(_one_part(left))
         if not held:
             break
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(held, schema), buffer, compression="zstd")
         writer.write_bytes(f"{kind}-{part:05d}.parquet", buffer.getvalue())
+
+
+def _one_part(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    num_rows, num_bytes = 0, 0
+    while num_rows < PART_ROWS and num_bytes < PART_BYTES and (row := next(rows, None)) is not None:
+        num_rows += 1
+        num_bytes += sum(_bytes_of(cell) for cell in row.values())
+        yield row
+
+
+def _bytes_of(cell: Any) -> int:
+    """About what a cell takes in memory; nothing where that is little."""
+    if isinstance(cell, list):
+        return _ITEM_BYTES * len(cell)
+    return len(cell) if isinstance(cell, (bytes, str)) else 0
 
 
 def read_answers(artifact: Artifact) -> Iterator[Answer]:
@@ -140,17 +157,17 @@ def read_samples(artifact: Artifact) -> Iterator[Sample]:
         RoutingMismatch: a sample's tokens are not those its routes were captured for.
     """
     origin = route_origin(artifact)
-    for answers, captured in zip(_parts(artifact, _ANSWERS), _parts(artifact, _CAPTURED), strict=True):
-        rows = zip(_read(artifact, answers, PARTIAL_SCHEMA), _read(artifact, captured, CAPTURE_SCHEMA), strict=True)
-        for row, routes in rows:
-            if row["sequence_id"] != routes["sequence_id"]:
-                raise RoutingMismatch(
-                    f"{artifact.name}/{captured} has routes of sequence {routes['sequence_id']} where {answers} has "
-                    f"sequence {row['sequence_id']}; the rollout was altered: run it again"
-                )
-            trace = trace_of(routes, origin, f"sequence {row['sequence_id']}")
-            sample = Sample(**_without_digest(row), trace=trace)
-            yield _checked(sample, row["token_digest"])
+    parts = read_parts(artifact, _ANSWERS, PARTIAL_SCHEMA), read_parts(artifact, _CAPTURED, CAPTURE_SCHEMA)
+    for row, routes in zip_longest(*parts):
+        told, routed = (f"sequence {one['sequence_id']}" if one else "none" for one in (row, routes))
+        if told != routed:
+            raise RoutingMismatch(
+                f"{artifact.name} has routes of {routed} where it has tokens of {told}; the rollout was altered: run "
+                "it again"
+            )
+        trace = trace_of(routes, origin, told)
+        sample = Sample(**_without_digest(row), trace=trace)
+        yield _checked(sample, row["token_digest"])
 
 
 def route_origin(artifact: Artifact) -> RouteOrigin:
@@ -188,7 +205,9 @@ def _parts(artifact: Artifact, kind: str) -> list[str]:
 
 
 def _read(artifact: Artifact, path: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    return pq.read_table(io.BytesIO(artifact.read_bytes(path)), schema=schema).to_pylist()
+    # In this thread alone: a part is small, and to wake pyarrow's threads takes longer than to read it.
+    source = pa.BufferReader(artifact.read_bytes(path))
+    return pq.read_table(source, schema=schema, use_threads=False, pre_buffer=False).to_pylist()
 
 
 def _without_digest(row: dict) -> dict:
