@@ -4,8 +4,10 @@ from functools import partial
 from typing import NamedTuple
 
 from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.utilities.annotations import quote
 
-from flows.beside import beside
+from flows.beside import Submit, beside
 from flows.stability import train_watched
 from flows.telling import Telling
 from moe_replay.archive.commits import ArtifactRef
@@ -65,7 +67,10 @@ def train(
                 taking_over_heartbeats(),
             ):
                 for n in run.plan.iterations:
-                    learned = iterate(run, n, learned, telling)
+                    # Begun before the iteration's own flow run, whose start takes about as long as a small rollout.
+                    with beside(run, rollout_of(run, n, learned)) as begun:
+                        telling.catch_up()
+                        learned = iterate(run, n, learned, quote(begun))
                     telling.ended(n)
                     refresh(n)
                 telling.catch_up()
@@ -81,19 +86,24 @@ def start_of(run: Run) -> Learned:
     return Learned(fork.policy, fork.predictor, fork.trainings, fork.carried) if fork else Learned(run.initial_policy)
 
 
+def rollout_of(run: Run, n: int, before: Learned) -> Submit | None:
+    """Begins the iteration's rollout; none where it was made beside the training before."""
+    if before.rollout is not None:
+        return None
+    predictor = before.predictor if run.config.method.route_source == "rollout" else None
+    roll_out = configured(generate_rollouts, run.config.stages)
+    return partial(roll_out.submit, run, n, before.policy, predictor, before.carried)
+
+
 @flow(name="iteration", flow_run_name="{run.run_id}-{n}", persist_result=False)
 @sending_heartbeats()
-def iterate(run: Run, n: int, before: Learned, telling: Telling) -> Learned:
-    """Roll out, archive the routes, train under them, fit the predictor, evaluate."""
+def iterate(run: Run, n: int, before: Learned, begun: PrefectFuture[ArtifactRef] | None) -> Learned:
+    """Archive the routes of the rollout that was begun, train under them, fit the predictor, evaluate."""
     config, method = run.config, run.config.method
     roll_out, evaluate = (configured(stage, config.stages) for stage in (generate_rollouts, evaluate_policy))
     # The pass whose routes are replayed is the one that is predicted.
-    at_rollout = before.predictor if method.route_source == "rollout" else None
     at_old_pass = before.predictor if method.route_source == "old_log_prob" else None
 
-    roll_out_now = partial(roll_out.submit, run, n, before.policy, at_rollout, before.carried)
-    with beside(run, None if before.rollout else roll_out_now) as begun:
-        telling.catch_up()
     rollout = begun.result() if begun else before.rollout
     assert rollout is not None
     carried = rollout if config.rollout.partial_response_tokens else None

@@ -33,6 +33,10 @@ def set_defaults() -> None:
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         # In memory, leases of concurrency limits would be lost whenever the server restarts.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # By default each state of a task is a write of its own. In SQLite a request that writes at the same moment is
+        # refused, and the client waits two seconds before it asks again.
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
         # Signs of life, from which the automation of `alerts install` tells flow runs whose process was killed.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         # The first start of Prefect's own temporary server makes its database.
