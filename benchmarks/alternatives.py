@@ -20,7 +20,8 @@ bare loop sample the same tokens; TRL and verl have random numbers of their own,
 Where the time goes: seconds inside the engines' calls and the functions named, each without the others. `other work of
 the stages` is what moe-replay's stages do beside (rewards, metrics of routing and mismatch, Parquet), in the bare loop
 rewards, advantages and the pipe; verl's are its own timings, its sampling with rewards; `Prefect and all else` is what
-is left of the iteration.
+is left of the iteration. MLflow and the results table are told while the next rollout is at work; what of them, and of
+the start of the iteration's flow run, takes longer than that rollout is in `Prefect and all else`.
 """
 
 import argparse
@@ -51,11 +52,13 @@ from moe_replay.stages.run import Run
 OTHERS = ("TRL", "verl")
 """Trainers of others, each of them measured without and with saving."""
 WRITTEN, LOADED, STORAGE = "weights written by the trainer", "weights loaded by vLLM", "storage"
-STAGES, AROUND, MLFLOW, TABLE = "other work of the stages", "checks around stages", "MLflow", "results table"
+STAGES, AROUND = "other work of the stages", "checks around stages"
 REST = "Prefect and all else"
+MLFLOW, TABLE = "beside it: MLflow", "beside it: results table"
+"""While the next rollout is at work, which takes longer: no part of an iteration's time."""
 _CALL = "call"
-PARTS = (GENERATE, OLD_LOG_PROBS, ADVANTAGES, STEPS, WRITTEN, LOADED, WEIGHTS, STORAGE, STAGES, AROUND, MLFLOW, TABLE)
-PARTS += ("checkpoint", REST)
+PARTS = (GENERATE, OLD_LOG_PROBS, ADVANTAGES, STEPS, WRITTEN, LOADED, WEIGHTS, STORAGE, STAGES, AROUND)
+PARTS += ("checkpoint", REST, MLFLOW, TABLE)
 
 _STORED = {
     f"moe_replay.archive.{name}": STORAGE
@@ -169,7 +172,7 @@ def _prepare(config: RunConfig, watched: set[int]) -> Run:
             engine.call("clocks:watch", no_progress, functions | _STORED)
             watched.add(engine.pid)
     if os.getpid() not in watched:
-        clocks.watch(None, None, _STORED | _DRIVER)
+        clocks.watch(None, None, _STORED | _DRIVER, in_threads=True)
         watched.add(os.getpid())
     return run
 
@@ -233,7 +236,7 @@ def measured_of(
     seconds[STAGES] = seconds.get(STAGES, 0.0) + seconds.pop(_CALL, sum(noted.values())) - sum(noted.values())
     for label, taken in noted.items():
         seconds[label] = seconds.get(label, 0.0) + taken
-    seconds[REST] = ended[-1] - ended[0] - sum(seconds.values())
+    seconds[REST] = ended[-1] - ended[0] - sum(taken for part, taken in seconds.items() if part not in (MLFLOW, TABLE))
     between = [later - earlier for earlier, later in itertools.pairwise(ended)]
     return Measured(between, {part: taken / iterations for part, taken in seconds.items()}, tokens[1:], rewards[1:])
 

@@ -1,6 +1,7 @@
 """Where a process's time goes: the seconds inside functions that are watched, each without those watched within it.
 
-Only the main thread is watched: what another thread does beside it costs an iteration nothing until it is waited for.
+What a thread does beside the main one costs an iteration nothing until it is waited for, so it is left out unless asked
+for: a flow has threads for the stages that it waits for.
 """
 
 import functools
@@ -15,11 +16,10 @@ Span = tuple[str, float, float]
 """Label, when it ended (seconds since 1970, as other processes have it), seconds."""
 
 _spans: list[Span] = []
-_inner: list[float] = []
-"""Seconds spent in watched functions within each that is running, the outermost first."""
+_of_thread = threading.local()
 
 
-def watch(engine: object, progress: object, functions: dict[str, str]) -> None:
+def watch(engine: object, progress: object, functions: dict[str, str], in_threads: bool = False) -> None:
     """Time functions, named as `package.module:name` or `package.module:class.name`, under the label given for each.
 
     The first two arguments make it callable in an engine's process.
@@ -29,36 +29,44 @@ def watch(engine: object, progress: object, functions: dict[str, str]) -> None:
         owner = resolve_name(owner_name)
         stored = inspect.getattr_static(owner, attribute)
         if isinstance(stored, classmethod):
-            setattr(owner, attribute, classmethod(timed(stored.__func__, label)))
+            setattr(owner, attribute, classmethod(timed(stored.__func__, label, in_threads)))
         else:
-            setattr(owner, attribute, timed(stored, label))
+            setattr(owner, attribute, timed(stored, label, in_threads))
 
 
-def timed(function: Callable, label: str) -> Callable:
+def timed(function: Callable, label: str, in_threads: bool = False) -> Callable:
     """The function, its time kept under `label`."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() and not in_threads:
             return function(*args, **kwargs)
-        _inner.append(0.0)
+        inner = _inner()
+        inner.append(0.0)
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
             seconds = time.perf_counter() - start
-            _spans.append((label, time.time(), seconds - _inner.pop()))
-            if _inner:
-                _inner[-1] += seconds
+            _spans.append((label, time.time(), seconds - inner.pop()))
+            if inner:
+                inner[-1] += seconds
 
     return wrapper
+
+
+def _inner() -> list[float]:
+    """Seconds spent in watched functions within each that this thread runs, the outermost first."""
+    if not hasattr(_of_thread, "inner"):
+        _of_thread.inner = []
+    return _of_thread.inner
 
 
 def note(label: str, seconds: float) -> None:
     """Keep a time that just ended and was taken elsewhere."""
     _spans.append((label, time.time(), seconds))
-    if _inner:
-        _inner[-1] += seconds
+    if inner := _inner():
+        inner[-1] += seconds
 
 
 def take(engine: object, progress: object) -> list[Span]:

@@ -12,19 +12,17 @@ bare, RAM       the same with artifacts on a file system in memory
 The bare loop has no Prefect, no MLflow, no progress, no look for what is committed and no figures. It still
 serialises, hashes, writes and commits each stage's artifacts, and reads and verifies them for the next stage, since
 that is how stages hand over their work; `storage work` is that alone, measured by writing and reading the runs in RAM
-again. Times are those between the last commits of consecutive iterations, so a run's start and end are left out. What
-the flow adds is split by the times that Prefect noted for the tasks `track` (MLflow) and `report` (the results table).
+again. Times are those between the last commits of consecutive iterations, so a run's start and end are left out. MLflow,
+the results table and the start of an iteration's flow run lie beside the rollout.
 """
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
@@ -79,8 +77,6 @@ def measure(rounds: int, settings: dict[str, Any], disk: str, ram: str) -> Times
             config = load_config(None, {**settings, **beside, "storage.root": Path(ways[way]).as_uri()})
             name = f"cost-{uuid.uuid4().hex[:8]}"
             found = {"iteration": (_bare if "bare" in way else _flow)(config, name)}
-            if way == "flow":
-                found |= _task_seconds(name, config.iterations)
             if way == "bare, RAM":
                 found |= {"storage work": _store_again(RunStore(ways[way], name))}
             if turn >= 0:
@@ -129,29 +125,6 @@ def _between_iterations(store: RunStore) -> list[float]:
     return [later - earlier for earlier, later in itertools.pairwise(last_commits(store))]
 
 
-def _task_seconds(run_id: str, iterations: int) -> dict[str, list[float]]:
-    """Seconds that Prefect noted for the tasks beside the stages, by iteration but the first."""
-    names = [f"track-{n}" for n in range(1, iterations)]
-    flows = _ask("flow_runs", {"flow_runs": {"name": {"like_": run_id}}})
-    tasks = _ask("task_runs", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
-    tracked = {task["name"]: task["total_run_time"] for task in tasks}
-    reported = sorted((task for task in tasks if task["name"].startswith("report")), key=lambda task: task["created"])
-    return {
-        "MLflow": [tracked[name] for name in names],
-        "results table": [task["total_run_time"] for task in reported[1:]],
-    }
-
-
-def _ask(what: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    request = urllib.request.Request(
-        f"{os.environ['PREFECT_API_URL']}/{what}/filter",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
-
-
 def _store_again(source: RunStore) -> list[float]:
     """Seconds to write, commit, open and verify each iteration's artifacts, their bytes being in memory before."""
     with tempfile.TemporaryDirectory(dir=RAM) as folder:
@@ -183,9 +156,7 @@ def table(times: Times) -> str:
     medians = {name: [statistics.median(seconds) for seconds in rounds] for name, rounds in times.items()}
     flow, beside, disk, ram = (medians[name] for name in ("flow", STEP_OFF, "bare, disk", "bare, RAM"))
     added = [a - b for a, b in zip(flow, disk, strict=True)]
-    named = [a + b for a, b in zip(medians["MLflow"], medians["results table"], strict=True)]
     lines.append(_row("flow - bare, disk: orchestration", added, "s"))
-    lines.append(_row("  of it Prefect, all but these tasks", [a - b for a, b in zip(added, named, strict=True)], "s"))
     lines.append(_row("bare, disk - bare, RAM", [a - b for a, b in zip(disk, ram, strict=True)], "s"))
     lines.append(_row("flow / bare, disk", [a / b for a, b in zip(flow, disk, strict=True)], ""))
     lines.append(_row("flow / bare, RAM", [a / b for a, b in zip(flow, ram, strict=True)], ""))

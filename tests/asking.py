@@ -29,8 +29,13 @@ def checkpoints(run_id: str) -> list[Any]:
     return sorted(found, key=lambda model: model.name)
 
 
+_RECORDED_SECONDS = 2
+"""Until Prefect's server has written down what it was told of tasks, which it does every second."""
+
+
 def tasks_of(api: str, flow_runs: list[str]) -> list[dict[str, Any]]:
-    """Task runs of flow runs with these names."""
+    """Task runs of flow runs with these names, which have ended."""
+    time.sleep(_RECORDED_SECONDS)
     flows = ask(f"{api}/flow_runs/filter", {"flow_runs": {"name": {"any_": flow_runs}}})
     return ask(f"{api}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"] for flow in flows]}}})
 

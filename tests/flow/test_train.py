@@ -245,7 +245,7 @@ def test_stage_whose_engine_dies_is_retried_with_a_fresh_one_and_a_second_runner
     assert "\ntraining-0 is tried again, attempt 2 of 3: the training engine" in out
     assert not (tmp_path / "lost/_lease").exists()
     assert RunStore(tmp_path.as_uri(), "lost").commit_of("evaluation", 0) is not None
-    attempts = {task["name"]: task["run_count"] for task in tasks_of(prefect_api, ["lost-0"])}
+    attempts = {task["name"]: task["run_count"] for task in tasks_of(prefect_api, ["train-lost", "lost-0"])}
     assert (attempts["rollout-0"], attempts["training-0"]) == (1, 2)
     again = start("resume", "lost", f"--root={tmp_path.as_uri()}", "--quiet")
     assert again.communicate(timeout=120)[0] == "lost\n"

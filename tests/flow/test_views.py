@@ -86,10 +86,13 @@ def test_mlflow_samples_the_machine_while_a_run_works(exact_run: tuple[Path, dic
 def test_prefect_shows_iterations_with_their_stages_and_the_results_table(
     exact_run: tuple[Path, dict[str, Any]], prefect_api: str
 ) -> None:
-    names = {task["name"] for task in tasks_of(prefect_api, ["exact-0", "exact-1"])}
+    own = {task["name"] for task in tasks_of(prefect_api, ["exact-0", "exact-1"])}
+    between = {task["name"] for task in tasks_of(prefect_api, ["train-exact"])}
     tables = ask(f"{prefect_api}/artifacts/filter", {"artifacts": {"key": {"any_": ["results-exact"]}}})
 
-    assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} <= names
+    begun_before = {f"rollout-{n}" for n in (0, 1)}
+    assert {f"{stage}-{n}" for stage in STAGES for n in (0, 1)} - begun_before <= own
+    assert begun_before | {"track-0", "track-1"} <= between
     rows = json.loads(tables[-1]["data"])
     assert "mismatch/kl_k3" in rows[0]
 
