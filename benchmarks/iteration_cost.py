@@ -12,8 +12,8 @@ bare, RAM       the same with artifacts on a file system in memory
 The bare loop has no Prefect, no MLflow, no progress, no look for what is committed and no figures. It still
 serialises, hashes, writes and commits each stage's artifacts, and reads and verifies them for the next stage, since
 that is how stages hand over their work; `storage work` is that alone, measured by writing and reading the runs in RAM
-again. Times are those between the last commits of consecutive iterations, so a run's start and end are left out. MLflow,
-the results table and the start of an iteration's flow run lie beside the rollout.
+again. Times are those between the last commits of consecutive iterations, so a run's start and end are left out.
+MLflow, the results table and the start of an iteration's flow run lie beside the rollout.
 """
 
 import argparse
