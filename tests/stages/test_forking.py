@@ -20,6 +20,7 @@ from moe_replay.config_reading import overridden
 from moe_replay.engines.process import no_progress
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.forking import fork_point, fork_run, forked_config, left_behind
+from moe_replay.methods import Method
 from moe_replay.plan import ForkPoint, RunPlan
 from moe_replay.preparation import prepare
 from moe_replay.reports.predictor_report import report_of
@@ -248,6 +249,20 @@ def test_a_fork_goes_on_with_what_the_rollout_before_left_if_it_samples_as_the_s
     shutil.rmtree(source.store().folder.local_folder / "iterations/00000/rollout")
     with pytest.raises(ConfigError, match=r"forked from iteration 1 of run source .*_committed\.json is missing"):
         prepare(branch.config, "branch", no_progress)
+
+
+def test_the_command_takes_a_method_as_run_does_and_settings_over_it(source, capsys):
+    def forked(name: str, *words: str) -> Method:
+        words = ("fork", "source", "--iteration=1", f"--as={name}", f"--root={source.root}", *words)
+        app(words, exit_on_error=False, result_action="return_value")
+        return RunPlan.stored(RunStore(source.root, name)).config.method
+
+    assert forked("same") == source.config.method
+    assert forked("other", "--method", "gspo") == Method.model_validate("gspo")
+    assert forked("over", "--method", "gspo", "--set", "method.clip_low=0.1").label == "gspo+clip_low=0.1"
+    assert forked("set", "--method", "gspo", "--set", "method=tis").name == "tis"
+    with pytest.raises(ConfigError, match="unknown method 'ppo'"):
+        forked("unknown", "--method", "ppo")
 
 
 def test_the_command_says_how_many_prompts_a_fork_leaves_behind_and_why(config, capsys):
