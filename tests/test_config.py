@@ -157,6 +157,8 @@ def test_a_value_of_a_wrong_kind_is_told_in_the_words_of_toml(value):
         ({"training": {"adam_betas": [0.9, 0.9, 0.9]}}, "List should have at most 2 item(s), not 3"),
         ({"predictor": {"shrinkage": []}}, "predictor.shrinkage: List should have at least 1 item(s), not 0"),
         ({"model": {"path": True}}, "model.path: Input should be a valid string (given: true)"),
+        ({"alarm": {"kl_k3": {"a": 1}}}, "alarm.kl_k3: Input should be a valid number (given: {a = 1})"),
+        ({"training": {"adam_betas": {"a": [True]}}}, "Input should be a valid list (given: {a = [true]})"),
         ({"method": {"name": ["r3"]}}, "no preset is named ['r3']"),
         ({"method": {"clip_low": 0.1}}, "method: the table has no name (known are grpo"),
     ],
