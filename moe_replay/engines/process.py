@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from pkgutil import resolve_name
@@ -156,7 +156,8 @@ def _serve(
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     _write_to(log)
     try:
-        engine = resolve_name(build)(*arguments)
+        with _nameless_semaphores():
+            engine = resolve_name(build)(*arguments)
     except BaseException as error:
         _answer_error(connection, error)
         raise
@@ -175,6 +176,22 @@ def _serve(
             connection.send(("result", result))
         except Exception as error:
             _answer_error(connection, error)
+
+
+@contextlib.contextmanager
+def _nameless_semaphores() -> Iterator[None]:
+    """Have semaphores that libraries make for this process alone, as vLLM and tqdm do, be gone when it is killed.
+
+    In a spawned process they are named, for processes that it spawns in turn, and outlive it: the driver's resource
+    tracker removes and tells of them. Under the method `fork` a name goes as soon as its semaphore is made. What hands
+    semaphores to processes that it spawns has a context of its own.
+    """
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def _leave() -> None:
