@@ -90,19 +90,10 @@ class EngineProcess:
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._connection.send((function, args))
-            while True:
-                kind, payload = self._receive()
-                if kind == "progress":
-                    progress(*payload)
-                    continue
-                self._idle = True
-                if kind == "error":
-                    raise payload
-                if kind == "memory":
-                    raise OutOfMemory(f"the {self.name} engine ran out of memory: {payload}; its log is {self.log}")
-                if kind == "failure":
-                    raise EngineFailed(f"the {self.name} engine failed: {payload}; the traceback is in {self.log}")
+            kind, payload = self._answer(progress)
+            if kind == "result":
                 return payload
+            raise payload if kind == "error" else self._failure(kind, payload)
         except (EOFError, OSError) as error:
             if self._stopped:
                 raise EngineStopped(f"the {self.name} engine was stopped while at work") from error
@@ -129,6 +120,19 @@ class EngineProcess:
             self._process.join(_STOP_SECONDS)
         # Last, for another thread may be reading from it until the process is gone.
         self._connection.close()
+
+    def _answer(self, progress: Progress) -> tuple[str, Any]:
+        """Kind and content of what comes of a call, after the progress that is told before it."""
+        while (news := self._receive())[0] == "progress":
+            progress(*news[1])
+        self._idle = True
+        return news
+
+    def _failure(self, kind: str, told: str) -> EngineFailed | OutOfMemory:
+        """An error in the engine that is none of ours."""
+        if kind == "memory":
+            return OutOfMemory(f"the {self.name} engine ran out of memory: {told}; its log is {self.log}")
+        return EngineFailed(f"the {self.name} engine failed: {told}; the traceback is in {self.log}")
 
     def _receive(self) -> tuple[str, Any]:
         # Waiting in short turns lets Prefect's time-outs and cancellations reach this thread.
