@@ -12,6 +12,7 @@ from moe_replay.analysis.sizing import EvolutionSizing, Sizing, Workload, size_i
 from moe_replay.cli.console import Json, command_name, out
 from moe_replay.config import RunConfig
 from moe_replay.config_reading import load_config, parse_as
+from moe_replay.dotted import dotted
 from moe_replay.errors import ConfigError
 from moe_replay.places import is_hub_name
 from moe_replay.routing.declared import declared_routers
@@ -25,7 +26,7 @@ _KEYS = {
     "evolution_tokens": "evolution.tokens",
     "evolution_dtype": "evolution.dtype",
 }
-"""Of what is planned with, the config's keys."""
+"""Of what is planned with and set alike, the config's keys."""
 
 
 def plan(
@@ -119,15 +120,10 @@ def _config_file(model: str) -> Path:
 
 
 def _told_by(run: RunConfig) -> dict[str, Any]:
-    return {
-        "sequences": run.rollout.prompts * run.rollout.responses,
-        "mini_steps": run.training.mini_steps,
-        "codec": run.storage.codec,
-        "keep_order": run.storage.keep_order,
-        "chunk_tokens": run.storage.chunk_tokens,
-        "evolution_tokens": run.evolution.tokens if run.records_evolution else None,
-        "evolution_dtype": run.evolution.dtype,
-    }
+    settings = dotted(run.model_dump())
+    told = {name: settings[key] for name, key in _KEYS.items()}
+    evolution = {} if run.records_evolution else {"evolution_tokens": None}
+    return {"sequences": run.rollout.prompts * run.rollout.responses, **told, **evolution}
 
 
 def _lengths(text: str) -> tuple[int, ...]:
