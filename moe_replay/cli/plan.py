@@ -55,7 +55,8 @@ def plan(
         The config.json of a Hugging Face Mixture-of-Experts model, the folder it lies in, or the hub name of one whose
         config is in the Hugging Face cache of this machine; nothing is fetched.
     config
-        A run's TOML file, to take from it what is not given: batch, longest sequence, evolution, archive settings.
+        A run's TOML file, to take from it what is not given: batch, longest sequence, evolution, archive settings; and
+        what its partial rollouts carry from one iteration to the next.
     sequences
         Of an iteration, prompts × responses; by default 512.
     tokens
@@ -123,7 +124,8 @@ def _told_by(run: RunConfig) -> dict[str, Any]:
     settings = dotted(run.model_dump())
     told = {name: settings[key] for name, key in _KEYS.items()}
     evolution = {} if run.records_evolution else {"evolution_tokens": None}
-    return {"sequences": run.rollout.prompts * run.rollout.responses, **told, **evolution}
+    prompts = {"sequences": run.rollout.prompts, "carried_sequences": run.rollout.oversampled_prompts}
+    return {name: number * run.rollout.responses for name, number in prompts.items()} | told | evolution
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -134,10 +136,11 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _show(found: Sizing) -> None:
     load = found.workload
+    carried = f" and {load.carried_sequences} carried to the next" if load.carried_sequences else ""
     told = (
         f"{found.model_type}: {len(found.layers)} MoE layers of {found.decoder_layers}, top-{found.top_k} of "
-        f"{found.num_experts} experts, hidden size {found.hidden_size}; {load.sequences} sequences an iteration, "
-        f"{load.mini_steps} mini-steps; {load.stored_as}, chunks of {load.chunk_tokens:,} tokens; "
+        f"{found.num_experts} experts, hidden size {found.hidden_size}; {load.sequences} sequences an "
+        f"iteration{carried}, {load.mini_steps} mini-steps; {load.stored_as}, chunks of {load.chunk_tokens:,} tokens; "
         f"{load.network_mb_s:g} MB/s to the store"
     )
     out.print(escape(told), highlight=False, soft_wrap=True)
@@ -158,7 +161,8 @@ def _route_table(found: Sizing) -> Table:
         table.add_section()
         for name, field, known in section:
             values = [getattr(routes, field) for routes in found.routes]
-            table.add_row(escape(name), *(_shown(field, value) for value in values), known)
+            if field != "carried_bytes" or found.workload.carried_sequences:
+                table.add_row(escape(name), *(_shown(field, value) for value in values), known)
     return table
 
 
@@ -178,6 +182,7 @@ _ROUTE_ROWS: tuple[tuple[_Row, ...], ...] = (
         ("bound, log2 C(E, K) bits a row", "bound_bytes", "exact"),
         ("archived", "stored_bytes", "measured"),
         ("kept with the rollout besides", "captured_bytes", "measured"),
+        ("carried to the next, at most", "carried_bytes", "measured"),
         ("chunks", "chunks", "exact"),
         ("objects", "objects", "exact"),
         ("one stored chunk", "chunk_bytes", "measured"),
