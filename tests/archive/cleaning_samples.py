@@ -9,11 +9,7 @@ from moe_replay.archive.removal import remove
 from moe_replay.archive.retention import Retention, find_removable
 
 NO_GRACE = timedelta(0)
-
-
 KEEP_ALL = Retention()
-
-
 STAGE_OBJECTS = {
     "rollout": {"part-00000.parquet": b"rows"},
     "routes": {"routes/zarr.json": b"{}", "routes/ids/c/0/0/0": b"ids"},

@@ -11,14 +11,8 @@ from moe_replay.exchange.importing import ToldOrigin, import_routes
 from moe_replay.routing.trace import RoutingTrace
 
 MODEL = ModelShape(layers=(1, 2), num_experts=16, top_k=4, decoder_layers=3)
-
-
 TOLD = ToldOrigin(source="sglang", engine_version="0.5.6")
-
-
 TRACES = [make_trace(n, seed=n, missing=(n - 1,)) for n in (7, 1, 12, 5)]
-
-
 NEWER = origin_of().model_copy(update={"weights_sha256": "1" * 64})
 
 

@@ -162,8 +162,6 @@ def test_a_padded_batch_of_verl_is_read_without_its_padding(tmp_path):
 
 
 BATCH_ROUTES = np.zeros((2, 8, 3, 4), dtype=np.int16)
-
-
 WRONG_BATCHES = {
     "no routes at all": ({"routed_experts": BATCH_ROUTES}, "sequence 0 of batch.safetensors: all 5 rows are zeros"),
     "another mask": ({"attention_mask": np.eye(2, 8, dtype=np.int64)}, "rows of padding name experts"),
