@@ -103,9 +103,8 @@ def _explain(problem: Any, schema: type[Config]) -> str:
     if problem["type"] != "extra_forbidden":
         told = _IN_TOML.get(problem["type"])
         message = told.format(**problem.get("ctx", {})) if told else problem["msg"].removeprefix("Value error, ")
-        value = problem["input"]
-        shown = str(value).lower() if isinstance(value, bool) else repr(value)
-        given = "" if isinstance(value, dict) else f" (given: {shown})"
+        # What our own rules find is of a whole section, and told by them.
+        given = "" if problem["type"] == "value_error" else f" (given: {_in_toml(problem['input'])})"
         return f"{where}: {message}{given}" if where else message
     model: Any = schema
     for part in problem["loc"][:-1]:
@@ -116,3 +115,12 @@ def _explain(problem: Any, schema: type[Config]) -> str:
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=_NEAR)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
     return f"unknown config key {where!r}: {hint}"
+
+
+def _in_toml(value: Any) -> str:
+    """A value as a TOML file says it."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {_in_toml(one)}' for key, one in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_in_toml(one) for one in value)}]"
+    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -4,11 +4,11 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from moe_replay.router_names import ROUTER_NAMES
 from moe_replay.settings import Config
 
 LINEAR, EXPERTS = "linear", "experts"
 """Targets that stand for many: linear maps that are of no routed expert, and the weights of routed experts."""
-_ROUTERS = {"gate", "router"}
 
 
 class LoraConfig(Config):
@@ -27,7 +27,7 @@ class LoraConfig(Config):
     @field_validator("targets")
     @classmethod
     def _routers_take_no_adapters(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        named = [target for target in targets if _ROUTERS & set(target.split("."))]
+        named = [target for target in targets if {*ROUTER_NAMES} & {*target.split(".")}]
         if named:
             raise ValueError(
                 f"{', '.join(named)} would be routers, which are trained whole or not at all: leave them out, and set "

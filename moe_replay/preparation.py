@@ -109,10 +109,8 @@ def run_with_inputs(config: RunConfig, run_id: str, progress: Progress, forked_f
             f"the model in {run.model} has sha256 {run.model_sha256}, run {forked_from.run_id} started from "
             f"{forked_from.model_sha256}; its checkpoints are of that model: fork with the same, or start a new run"
         )
-    if config.training.lora.rank:
-        _require_adaptable(run)
-    if config.training.packing:
-        _require_packable(run)
+    if config.training.lora.rank or config.training.packing:
+        _require_trainable(run)
     if config.training.attention != "sdpa" and config.resources.training_world_size == 1:  # else elsewhere, perhaps
         from moe_replay.engines.verl_settings import require_attention
 
@@ -207,18 +205,20 @@ def _require_attention_support(config: RunConfig) -> None:
     require_attention_support(locate_model(config.model.path, ["config.json"]), config.training)
 
 
-def _require_adaptable(run: Run) -> None:
-    """Refuse adapters of weights that the model does not have now: met in training they would end the run."""
-    from moe_replay.engines.adapters import adapter_settings
+def _require_trainable(run: Run) -> None:
+    """Refuse adapters of weights that the model does not have now, and packing where sequences would be mixed.
 
-    adapter_settings(run.model, run.config.training.lora)
-
-
-def _require_packable(run: Run) -> None:
-    """Refuse packing now where sequences would be mixed: met in training nothing would tell."""
+    Met in training the one would end the run, and nothing would tell of the other.
+    """
+    from moe_replay.engines.adapters import adapted_paths
     from moe_replay.engines.packable import require_packable
+    from moe_replay.routing.model_shape import empty_model
 
-    require_packable(run.model, run.config.training, run.config.resources)
+    model, training = empty_model(run.model), run.config.training
+    if training.lora.rank:
+        adapted_paths(model, training.lora)
+    if training.packing:
+        require_packable(model, training, run.config.resources)
 
 
 def _require_heads_for(run: Run, devices: int) -> None:

@@ -42,6 +42,13 @@ def commit_routes(store: RunStore, traces, origin=None, iteration=0, chunk_token
     return writer.commit()
 
 
+def commit_scores(store, iteration=0, data=b"scores", inputs=None, digest="d", **kwargs):
+    writer = store.begin("evaluation", iteration, inputs or {}, digest)
+    writer.write_bytes("scores.parquet", data)
+    writer.write_bytes("parts/summary.json", b"{}")
+    return writer.commit(**kwargs)
+
+
 def same(a: RoutingTrace, b: RoutingTrace) -> bool:
     """Whether both name the same sets of experts for the same tokens."""
     return (

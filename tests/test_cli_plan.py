@@ -74,6 +74,7 @@ def test_a_runs_settings_are_taken_and_options_go_before_them(command, tmp_path)
     told = json.loads(command("olmoe-1b-7b", "--config", str(config), "--network-mb-s", "100", "--json"))
     assert told["workload"] == {
         "sequences": 8,
+        "carried_sequences": 0,
         "mini_steps": 2,
         "codec": "zstd",
         "keep_order": True,
@@ -87,6 +88,21 @@ def test_a_runs_settings_are_taken_and_options_go_before_them(command, tmp_path)
     assert told["evolution"]["tokens"] == 64
     other = json.loads(command("olmoe-1b-7b", "--config", str(config), "--sequences=16", "--tokens=1K,64", "--json"))
     assert [routes["tokens"] for routes in other["routes"]] == [16 * 1024, 16 * 64]
+
+
+def test_what_partial_rollouts_carry_is_told_where_they_are_set(command, tmp_path):
+    rollout = "[rollout]\nprompts = 16\nresponses = 4\nmax_prompt_tokens = 24\nmax_response_tokens = 1000\n"
+    (tmp_path / "whole.toml").write_text(rollout)
+    (tmp_path / "partial.toml").write_text(f"{rollout}partial_response_tokens = 100\noversampled_prompts = 8\n")
+    whole, partial = (("olmoe-1b-7b", "--config", str(tmp_path / name)) for name in ("whole.toml", "partial.toml"))
+    assert "carried" not in command(*whole)
+    told = command(*partial)
+    assert "64 sequences an iteration and 32 carried to the next, 4 mini-steps;" in told
+    assert "carried to the next, at most" in told
+    before, after = (json.loads(command(*words, "--json"))["routes"][0] for words in (whole, partial))
+    assert (before["carried_bytes"], after["stored_bytes"]) == (0, before["stored_bytes"])
+    assert after["carried_bytes"] == pytest.approx(before["captured_bytes"] / 2 + 32 * 1024 * 14)
+    assert after["rollout_peak_bytes"] == before["rollout_peak_bytes"] * 3
 
 
 def test_a_method_without_a_predictor_records_no_evolution(command, tmp_path):

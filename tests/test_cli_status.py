@@ -13,6 +13,7 @@ from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.lease import holding
 from moe_replay.cli import status as module
 from moe_replay.cli.app import app
+from moe_replay.cli.console import command_name
 from moe_replay.errors import ConfigError
 from moe_replay.stages.decisions import BatchAlarms
 
@@ -88,6 +89,15 @@ def test_a_run_that_is_paused_is_not_said_to_be_at_work(store, capsys):
     said = capsys.readouterr().out
     assert "training of iteration 0 waits for a decision: mismatch/kl_k3 = 1 is beyond the bound of 0.5" in said
     assert "at work" not in said
+
+
+def test_who_can_decide_is_told_where_a_runner_may_show_a_form_or_be_about_to_end(store, capsys):
+    raise_alarm(store)
+    with holding(store.folder, print):
+        look(store)
+    said = capsys.readouterr().out
+    assert "; if the runner is a flow run that is paused for it, answer in Prefect (Resume), or cancel that; " in said
+    assert f"once no runner is there: {command_name()} resume run-1 --root {root_of(store)} --decide train|skip" in said
 
 
 def test_watching_ends_at_a_decision_that_nobody_but_the_user_takes(store, capsys):

@@ -42,7 +42,7 @@ def number_committed(store: RunStore) -> int:
 def test_what_is_superseded_is_told_by_iteration(store, capsys):
     supersede_from(store, "training", 0, agreed=True)
     told = capsys.readouterr().err
-    assert "supersedes training evaluation of iteration 0, rollout routes training of iteration 1;" in told
+    assert "supersedes training, evaluation of iteration 0; rollout, routes, training of iteration 1. " in told
     assert "archive gc" in told
     assert number_committed(store) == 2
 

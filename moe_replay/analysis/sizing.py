@@ -26,6 +26,9 @@ from moe_replay.routing.trace import route_dtype
 from moe_replay.settings import Config
 
 _MB = 1e6
+_CARRIED_TOKEN_BYTES = 14
+"""In Parquet, of a token's id, log-prob, weight version and text, where nothing in them repeats: 13.4 of ids drawn from
+150,000 and four random letters of text each (`tests/analysis/test_sizing.py`)."""
 
 
 class _Record(BaseModel):
@@ -37,6 +40,8 @@ class Workload(Config):
 
     sequences: int = Field(default=512, ge=1)
     """N, prompts * responses."""
+    carried_sequences: int = Field(default=0, ge=0)
+    """Responses that partial rollouts have at work besides, and leave to the next, oversampled_prompts * responses."""
     mini_steps: int = Field(default=4, ge=1)
     """κ."""
     codec: Literal["expert-set", "zstd", "raw"] = "expert-set"
@@ -69,6 +74,8 @@ class RouteSizing(_Record):
     """From a measurement, on uniform routes."""
     captured_bytes: float
     """From a measurement: the same routes in the engine's order, in zstd, that the rollout keeps besides."""
+    carried_bytes: float
+    """From a measurement: the carried responses, at most, which they take where all have T tokens; 0 where none are."""
     chunks: int
     """Exact: chunks of `ids`, each an object."""
     objects: int
@@ -80,7 +87,9 @@ class RouteSizing(_Record):
     trace_bytes_per_sequence: int
     """Exact: the same without them, and validity; the rollout process holds it for every sequence."""
     rollout_peak_bytes: int
-    """From a measurement: host memory of the rollout process for the routes of the whole batch, at most."""
+    """From a measurement: host memory of the rollout process for the routes of the whole batch, at most. Partial
+    rollouts have those of what they leave to the next besides, and all twice while responses go on: what they had, and
+    what vLLM captures anew of the whole."""
     trainer_bytes_per_sequence: int
     """Exact: the int32 ids in the trainer's batch."""
     device_bytes_per_sequence: int
@@ -178,6 +187,8 @@ def _routes(routers: DeclaredRouters, workload: Workload, length: int) -> RouteS
     indices = -(-(workload.sequences + 1) // INDEX_ROWS) - (-workload.sequences // INDEX_ROWS)
     figures = None if codec == "raw" else nearest_figures(codec, *shape)
     write, read = ARCHIVE_MB_S.get(codec, (None, None))
+    captured, carried = bytes_per_row("zstd", *shape), workload.carried_sequences
+    held = 2 * (workload.sequences + carried) if carried else workload.sequences
     engine = (length - 1) * routers.decoder_layers * row
     trace = length * num_layers * row + length
     return RouteSizing(
@@ -186,14 +197,15 @@ def _routes(routers: DeclaredRouters, workload: Workload, length: int) -> RouteS
         raw_bytes=raw,
         bound_bytes=rows * bound_bytes(*shape),
         stored_bytes=stored,
-        captured_bytes=rows * bytes_per_row("zstd", *shape),
+        captured_bytes=rows * captured,
+        carried_bytes=carried * length * (num_layers * captured + _CARRIED_TOKEN_BYTES),
         chunks=num_layers * by_token,
         objects=(num_layers + 1) * by_token + indices + 5,  # a zarr.json of each array, and the group's
         chunk_bytes=chunk * stored / rows,
         engine_bytes_per_sequence=engine,
         trace_bytes_per_sequence=trace,
         # What vLLM returned goes as it is read, sequence by sequence.
-        rollout_peak_bytes=workload.sequences * max(engine, trace),
+        rollout_peak_bytes=held * max(engine, trace),
         trainer_bytes_per_sequence=4 * ids,
         device_bytes_per_sequence=8 * ids + length,
         encode_core_seconds=raw / _MB / figures.encode_mb_s if figures else 0,

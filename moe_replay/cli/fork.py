@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -17,6 +17,7 @@ def fork(
     run_id: str,
     *,
     iteration: int,
+    method: str | None = None,
     as_: Annotated[str | None, Parameter(name="--as")] = None,
     set_: Settings = None,
     new_root: str | None = None,
@@ -34,6 +35,8 @@ def fork(
         The run to start from; it stays as it is.
     iteration
         The first that the new run makes itself, at least 1.
+    method
+        grpo, gspo, tis, r2, r3 or pr2; by default the source's.
     as_
         Name of the new run.
     new_root
@@ -44,8 +47,11 @@ def fork(
     url = root_of(root)
     source = RunStore(url, run_id)
     # A fork of a compared run is no part of the comparison.
-    overrides = {"storage.root": new_root or root, "tracking.comparison": None}
-    config = forked_config(source, overrides | dict(parse_override(text) for text in set_ or []))
+    overrides: dict[str, Any] = {"storage.root": new_root or root, "tracking.comparison": None}
+    if method is not None:
+        overrides["method"] = method
+    overrides |= dict(parse_override(text) for text in set_ or [])
+    config = forked_config(source, overrides)
     name = as_ or f"{run_id[:42]}-{iteration}-{time.strftime('%m%d')}-{uuid.uuid4().hex[:4]}"
     made = fork_run(source, url, iteration, config, name, _progress)
     named = as_argument(name, config.storage.root)

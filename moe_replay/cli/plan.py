@@ -12,6 +12,7 @@ from moe_replay.analysis.sizing import EvolutionSizing, Sizing, Workload, size_i
 from moe_replay.cli.console import Json, command_name, out
 from moe_replay.config import RunConfig
 from moe_replay.config_reading import load_config, parse_as
+from moe_replay.dotted import dotted
 from moe_replay.errors import ConfigError
 from moe_replay.places import is_hub_name
 from moe_replay.routing.declared import declared_routers
@@ -25,7 +26,7 @@ _KEYS = {
     "evolution_tokens": "evolution.tokens",
     "evolution_dtype": "evolution.dtype",
 }
-"""Of what is planned with, the config's keys."""
+"""Of what is planned with and set alike, the config's keys."""
 
 
 def plan(
@@ -54,7 +55,8 @@ def plan(
         The config.json of a Hugging Face Mixture-of-Experts model, the folder it lies in, or the hub name of one whose
         config is in the Hugging Face cache of this machine; nothing is fetched.
     config
-        A run's TOML file, to take from it what is not given: batch, longest sequence, evolution, archive settings.
+        A run's TOML file, to take from it what is not given: batch, longest sequence, evolution, archive settings; and
+        what its partial rollouts carry from one iteration to the next.
     sequences
         Of an iteration, prompts × responses; by default 512.
     tokens
@@ -119,15 +121,11 @@ def _config_file(model: str) -> Path:
 
 
 def _told_by(run: RunConfig) -> dict[str, Any]:
-    return {
-        "sequences": run.rollout.prompts * run.rollout.responses,
-        "mini_steps": run.training.mini_steps,
-        "codec": run.storage.codec,
-        "keep_order": run.storage.keep_order,
-        "chunk_tokens": run.storage.chunk_tokens,
-        "evolution_tokens": run.evolution.tokens if run.records_evolution else None,
-        "evolution_dtype": run.evolution.dtype,
-    }
+    settings = dotted(run.model_dump())
+    told = {name: settings[key] for name, key in _KEYS.items()}
+    evolution = {} if run.records_evolution else {"evolution_tokens": None}
+    prompts = {"sequences": run.rollout.prompts, "carried_sequences": run.rollout.oversampled_prompts}
+    return {name: number * run.rollout.responses for name, number in prompts.items()} | told | evolution
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -138,10 +136,11 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _show(found: Sizing) -> None:
     load = found.workload
+    carried = f" and {load.carried_sequences} carried to the next" if load.carried_sequences else ""
     told = (
         f"{found.model_type}: {len(found.layers)} MoE layers of {found.decoder_layers}, top-{found.top_k} of "
-        f"{found.num_experts} experts, hidden size {found.hidden_size}; {load.sequences} sequences an iteration, "
-        f"{load.mini_steps} mini-steps; {load.stored_as}, chunks of {load.chunk_tokens:,} tokens; "
+        f"{found.num_experts} experts, hidden size {found.hidden_size}; {load.sequences} sequences an "
+        f"iteration{carried}, {load.mini_steps} mini-steps; {load.stored_as}, chunks of {load.chunk_tokens:,} tokens; "
         f"{load.network_mb_s:g} MB/s to the store"
     )
     out.print(escape(told), highlight=False, soft_wrap=True)
@@ -162,7 +161,8 @@ def _route_table(found: Sizing) -> Table:
         table.add_section()
         for name, field, known in section:
             values = [getattr(routes, field) for routes in found.routes]
-            table.add_row(escape(name), *(_shown(field, value) for value in values), known)
+            if field != "carried_bytes" or found.workload.carried_sequences:
+                table.add_row(escape(name), *(_shown(field, value) for value in values), known)
     return table
 
 
@@ -182,6 +182,7 @@ _ROUTE_ROWS: tuple[tuple[_Row, ...], ...] = (
         ("bound, log2 C(E, K) bits a row", "bound_bytes", "exact"),
         ("archived", "stored_bytes", "measured"),
         ("kept with the rollout besides", "captured_bytes", "measured"),
+        ("carried to the next, at most", "carried_bytes", "measured"),
         ("chunks", "chunks", "exact"),
         ("objects", "objects", "exact"),
         ("one stored chunk", "chunk_bytes", "measured"),

@@ -150,19 +150,27 @@ def _told(seen: RunOverview, named: str, with_heartbeat: bool = True) -> Iterato
         heartbeat = f", heartbeat {running['heartbeat_seconds_ago']:.0f} s ago" if with_heartbeat else ""
         yield Text("running: {host} pid {pid} since {since}".format(**running) + heartbeat)
         if at and seen.alarm:
-            answer = "answer in Prefect (Resume of the paused flow run), or cancel that and resume with --decide"
-            yield Text(f"{at} waits for a decision: {seen.alarm.reason}; {answer}")
+            # Storage does not tell a flow run that shows a form from a command that is about to end.
+            yield Text(
+                f"{at} waits for a decision: {seen.alarm.reason}; if the runner is a flow run that is paused for it, "
+                f"answer in Prefect (Resume), or cancel that; once no runner is there: {_deciding(seen, named)}"
+            )
         elif at:
             beside = f", beside it {seen.beside[1]} of iteration {seen.beside[0]}" if seen.beside else ""
             yield Text(f"at work: {at}{beside}")
-    elif seen.alarm and seen.plan:
-        actions = "|".join(seen.alarm.actions(seen.plan.config.method))
-        told = f"{at} waits for a decision: {seen.alarm.reason}"
-        yield Text(f"{told}; {command_name()} resume {named} --decide {actions}")
+    elif seen.alarm:
+        yield Text(f"{at} waits for a decision: {seen.alarm.reason}; {_deciding(seen, named)}")
     elif at and seen.plan:
         yield Text(f"next: {at}, of {seen.plan.iterations.stop} iterations; {command_name()} resume {named}")
     elif seen.plan:
         yield Text(f"complete: all of {seen.plan.iterations.stop} iterations")
+
+
+def _deciding(seen: RunOverview, named: str) -> str:
+    """The command that decides what becomes of the batch that waits."""
+    assert seen.alarm is not None
+    assert seen.plan is not None, "only what is trained raises alarms"
+    return f"{command_name()} resume {named} --decide {'|'.join(seen.alarm.actions(seen.plan.config.method))}"
 
 
 def _running(holder: Claim | None) -> dict[str, Any] | None:

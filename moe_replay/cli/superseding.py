@@ -32,7 +32,7 @@ def supersede_from(store: RunStore, stage: str, iteration: int, agreed: bool, qu
         return
     require_remakeable(store, found)
     if not (quiet and agreed):
-        _say(f"supersedes {_described(found)}; `archive gc` keeps {'them' if len(found) > 1 else 'it'} for a while")
+        _say(f"supersedes {_described(found)}. `archive gc` keeps {'them' if len(found) > 1 else 'it'} for a while")
     if not agreed:
         _require_agreement()
     # The answer may have taken so long that another runner went on.
@@ -53,7 +53,7 @@ def _described(found: Sequence[Artifact]) -> str:
     by_iteration: dict[int, list[str]] = defaultdict(list)
     for artifact in reversed(found):
         by_iteration[artifact.commit.iteration].append(artifact.commit.stage)
-    return ", ".join(f"{' '.join(stages)} of iteration {iteration}" for iteration, stages in by_iteration.items())
+    return "; ".join(f"{', '.join(stages)} of iteration {iteration}" for iteration, stages in by_iteration.items())
 
 
 def _say(told: str, end: str = "\n") -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 from moe_replay.archive.commits import canonical_json, sha256_hex
 from moe_replay.errors import RoutingMismatch
+from moe_replay.router_names import ROUTER_NAMES
 
-_ROUTER_NAMES = ("gate", "router")
 _DRAFT_PREFIX = "mtp"  # layers that predict further tokens are counted anew from 0
 _PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -109,7 +109,7 @@ def place_of(name: str) -> tuple[int, str] | None:
     """(Decoder layer, part in its router) of a tensor or module by its dotted name; none when it is of no router."""
     parts = name.split(".")
     layer = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    router = next((i for i in range(layer, len(parts)) if parts[i] in _ROUTER_NAMES), None)
+    router = next((i for i in range(layer, len(parts)) if parts[i] in ROUTER_NAMES), None)
     if router is None or parts[0].startswith(_DRAFT_PREFIX):
         return None
     return int(parts[layer]), ".".join(parts[router + 1 :])

@@ -11,13 +11,11 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moe_replay.errors import ConfigError
-from moe_replay.routing.model_shape import empty_model
 from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 _CHUNKED = "chunked_attention"
@@ -28,14 +26,13 @@ _APART = {*WHOLE_ATTENTION, *_WITHOUT_ATTENTION, "sliding_attention", _CHUNKED}
 _MIXERS = re.compile(r"mamba|deltanet|conv|recurrent|lightning|linear_?attn|linear_?attention|indexer")
 
 
-def require_packable(folder: Path, training: TrainingConfig, resources: ResourcesConfig) -> None:
-    """Refuse `training.packing` for the model whose config.json lies in `folder` where its sequences would be mixed.
+def require_packable(model: Any, training: TrainingConfig, resources: ResourcesConfig) -> None:
+    """Refuse `training.packing` for a transformers model, which may be empty, where its sequences would be mixed.
 
     Raises ConfigError for layers that are not attention, for chunks of attention shorter than a packed line, for masks
     that are made without positions, for heads that ranks can't share out, and for attention that
-    `engines.ulysses_attention` does not do where it is chosen; or as `empty_model`.
+    `engines.ulysses_attention` does not do where it is chosen.
     """
-    model = empty_model(folder)
     config = model.config.get_text_config()
     sharing = resources.training_sequence_parallel_size
     kinds = dict(enumerate(getattr(config, "layer_types", None) or []))

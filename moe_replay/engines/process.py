@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from pkgutil import resolve_name
@@ -90,19 +90,10 @@ class EngineProcess:
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._connection.send((function, args))
-            while True:
-                kind, payload = self._receive()
-                if kind == "progress":
-                    progress(*payload)
-                    continue
-                self._idle = True
-                if kind == "error":
-                    raise payload
-                if kind == "memory":
-                    raise OutOfMemory(f"the {self.name} engine ran out of memory: {payload}; its log is {self.log}")
-                if kind == "failure":
-                    raise EngineFailed(f"the {self.name} engine failed: {payload}; the traceback is in {self.log}")
+            kind, payload = self._answer(progress)
+            if kind == "result":
                 return payload
+            raise payload if kind == "error" else self._failure(kind, payload)
         except (EOFError, OSError) as error:
             if self._stopped:
                 raise EngineStopped(f"the {self.name} engine was stopped while at work") from error
@@ -130,6 +121,19 @@ class EngineProcess:
         # Last, for another thread may be reading from it until the process is gone.
         self._connection.close()
 
+    def _answer(self, progress: Progress) -> tuple[str, Any]:
+        """Kind and content of what comes of a call, after the progress that is told before it."""
+        while (news := self._receive())[0] == "progress":
+            progress(*news[1])
+        self._idle = True
+        return news
+
+    def _failure(self, kind: str, told: str) -> EngineFailed | OutOfMemory:
+        """An error in the engine that is none of ours."""
+        if kind == "memory":
+            return OutOfMemory(f"the {self.name} engine ran out of memory: {told}; its log is {self.log}")
+        return EngineFailed(f"the {self.name} engine failed: {told}; the traceback is in {self.log}")
+
     def _receive(self) -> tuple[str, Any]:
         # Waiting in short turns lets Prefect's time-outs and cancellations reach this thread.
         while not (ready := wait([self._connection, self._process.sentinel], timeout=0.5)):
@@ -156,7 +160,8 @@ def _serve(
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     _write_to(log)
     try:
-        engine = resolve_name(build)(*arguments)
+        with _nameless_semaphores():
+            engine = resolve_name(build)(*arguments)
     except BaseException as error:
         _answer_error(connection, error)
         raise
@@ -175,6 +180,22 @@ def _serve(
             connection.send(("result", result))
         except Exception as error:
             _answer_error(connection, error)
+
+
+@contextlib.contextmanager
+def _nameless_semaphores() -> Iterator[None]:
+    """Have semaphores that libraries make for this process alone, as vLLM and tqdm do, be gone when it is killed.
+
+    In a spawned process they are named, for processes that it spawns in turn, and outlive it: the driver's resource
+    tracker removes and tells of them. Under the method `fork` a name goes as soon as its semaphore is made. What hands
+    semaphores to processes that it spawns has a context of its own.
+    """
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def _leave() -> None:

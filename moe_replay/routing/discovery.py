@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_replay.errors import ConfigError
+from moe_replay.router_names import ROUTER_NAMES
 from moe_replay.routing.declared import TOP_K_KEYS
-
-_ROUTER_NAMES = ("gate", "router")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def router_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         parts = path.split(".")
         inside = any(path.startswith(outer + ".") for outer, _ in gates[-1:])
-        if parts[-1] in _ROUTER_NAMES and any(map(str.isdigit, parts)) and not inside and _weight_shape(module)[0] > 1:
+        if parts[-1] in ROUTER_NAMES and any(map(str.isdigit, parts)) and not inside and _weight_shape(module)[0] > 1:
             gates.append((path, module))
     return gates
 

@@ -7,6 +7,7 @@ response ends at `rollout.max_response_tokens`, so that a batch is always reache
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,19 +15,29 @@ from moe_replay.archive.artifacts import Artifact
 from moe_replay.archive.routes import RouteOrigin
 from moe_replay.engines.rollout import Request
 from moe_replay.errors import ConfigError
-from moe_replay.stages.carrying import PartialAbout, PromptGroup, read_about, read_carried
+from moe_replay.stages.carrying import PartialAbout, read_about, read_carried
+from moe_replay.stages.prompt_groups import PromptGroup
 from moe_replay.stages.run import Run
 from moe_replay.stages.samples import Sample
 
 
-def groups_at_work(run: Run, iteration: int, before: Artifact | None) -> list[PromptGroup]:
-    """What an iteration begins with: the groups that the rollout before it left, at their head, and new ones.
+class AtWork(NamedTuple):
+    """What a partial rollout begins with."""
+
+    groups: list[PromptGroup]
+    """Those that the rollout before left, at their head, and new ones."""
+    origins: dict[int, RouteOrigin]
+    """Of the tokens that are there already, by weight version."""
+
+
+def begin_rollout(run: Run, iteration: int, before: Artifact | None) -> AtWork:
+    """Go on with what the rollout before left, and draw new prompts beside it.
 
     Raises ConfigError when what is carried is of other data, else as `read_carried`.
     """
     settings, table = run.config.rollout, run.train.open()
     about = read_about(before) if before else None
-    groups, first = [], iteration * settings.prompts
+    groups, first, origins = [], iteration * settings.prompts, {}
     if before and about:
         if about.data_sha256 != run.train.sha256:
             raise ConfigError(
@@ -34,21 +45,19 @@ def groups_at_work(run: Run, iteration: int, before: Artifact | None) -> list[Pr
                 f"{run.train.sha256}; put the file back, or fork with another rollout.oversampled_prompts, which "
                 "leaves them behind"
             )
-        groups, first = read_carried(before, table), about.prompts_drawn
+        groups, first, origins = read_carried(before, table), about.prompts_drawn, about.origins
     number = settings.prompts + settings.oversampled_prompts - len(groups)
     new = table.read_on(first, number, run.seed("data"))
-    return groups + [PromptGroup(drawn, prompt, [None] * settings.responses) for drawn, prompt in enumerate(new, first)]
+    groups += [PromptGroup(drawn, prompt, [None] * settings.responses) for drawn, prompt in enumerate(new, first)]
+    return AtWork(groups, origins)
 
 
-def about_rollout(
-    run: Run, version: int, groups: Sequence[PromptGroup], before: Artifact | None, origin: RouteOrigin
-) -> PartialAbout:
-    """What is to be known of a rollout of these groups, whose new tokens are of `origin`, weight version `version`."""
-    about = read_about(before) if before else None
-    origins = (about.origins if about else {}) | {version: origin}
-    versions = sorted(set().union(*(group.versions() for group in groups)))
+def about_rollout(run: Run, at_work: AtWork, version: int, origin: RouteOrigin) -> PartialAbout:
+    """What is to be known of a rollout whose new tokens are of `origin`, weight version `version`."""
+    origins = at_work.origins | {version: origin}
+    versions = sorted(set().union(*(group.versions() for group in at_work.groups)))
     return PartialAbout(
-        prompts_drawn=1 + max(group.drawn for group in groups),
+        prompts_drawn=1 + max(group.drawn for group in at_work.groups),
         data_sha256=run.train.sha256,
         origins={one: origins[one] for one in versions},
     )

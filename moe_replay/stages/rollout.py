@@ -16,8 +16,9 @@ from moe_replay.data.prompts import Prompt
 from moe_replay.data.rewards import score
 from moe_replay.engines.process import Progress
 from moe_replay.engines.rollout import Request, Response
-from moe_replay.stages.carrying import PromptGroup, write_carried
-from moe_replay.stages.partial import about_rollout, groups_at_work, requests_of, sample_until_whole, staleness_metrics
+from moe_replay.stages.carrying import write_carried
+from moe_replay.stages.partial import about_rollout, begin_rollout, requests_of, sample_until_whole, staleness_metrics
+from moe_replay.stages.prompt_groups import PromptGroup
 from moe_replay.stages.run import Run
 from moe_replay.stages.samples import Sample, write_samples
 
@@ -90,7 +91,7 @@ def _sample_in_rounds(
 ) -> list[Sample]:
     """The samples of a partial rollout; what it leaves to the next one is written."""
     settings = run.config.rollout
-    groups = groups_at_work(run, iteration, before)
+    at_work = begin_rollout(run, iteration, before)
 
     def sample_round(number: int, unfinished: Sequence[tuple[PromptGroup, int]]) -> None:
         def told(done: int, total: int, what: str) -> None:
@@ -100,8 +101,8 @@ def _sample_in_rounds(
         for (group, member), response in zip(unfinished, responses, strict=True):
             group.take(member, response, version, settings.max_response_tokens)
 
-    trained, left = sample_until_whole(groups, settings.prompts, sample_round)
-    write_carried(writer, left, about_rollout(run, version, groups, before, origin))
+    trained, left = sample_until_whole(at_work.groups, settings.prompts, sample_round)
+    write_carried(writer, left, about_rollout(run, at_work, version, origin))
     members = [(group, member) for group in range(len(trained)) for member in trained[group].begun]
     return [
         make_sample(number, group, trained[group].prompt, member.response, member.weight_versions)

@@ -1,6 +1,7 @@
 """What a model's sizing says, against what the archive, the trainer's batch and the fit really make."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ from moe_replay.analysis import measured
 from moe_replay.analysis.sizing import Workload, size_iteration
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.evolution import EvolutionArchive, array_shapes
+from moe_replay.data.prompts import Prompt
 from moe_replay.engines.replay_engine import NO_ROUTE
+from moe_replay.engines.rollout import Response
 from moe_replay.engines.row_layout import PaddedRows
 from moe_replay.engines.training_batch import PassRoutes, TokenSequence
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.routing.declared import DeclaredRouters
 from moe_replay.routing.predictor import EvolutionPredictor, PredictorProvenance
 from moe_replay.routing.trace import RoutingTrace, refuse_dead_capture
+from moe_replay.stages.carrying import PartialAbout, write_carried
+from moe_replay.stages.prompt_groups import Begun, PromptGroup
 from moe_replay.stages.samples import Sample, write_samples
 
 CODECS = ("expert-set", "expert-set, order kept", "zstd")
@@ -106,6 +111,33 @@ def test_the_rollout_process_holds_a_batchs_routes_once():
     assert peak == pytest.approx(told.rollout_peak_bytes + 2 * told.trace_bytes_per_sequence, rel=0.05)
 
 
+def test_a_partial_rollout_holds_what_responses_had_and_what_is_captured_anew():
+    ids_RLK = make_trace(64, 128, 8, range(96)).ids_TLK
+    routers = routers_of(128, 8, range(96))._replace(decoder_layers=96)
+    load = Workload(sequences=12, carried_sequences=4)
+    (told,) = size_iteration(routers, load, (1024,)).routes
+    tracemalloc.start()
+    try:
+        # A last stretch, of a single token, of all that is at work.
+        begun = [begun_of(RoutingTrace.from_capture(again(ids_RLK)[:1022], 1023, 128, range(96)), n) for n in range(16)]
+        captured = [again(ids_RLK)[:1023] for _ in begun]
+        new = [RoutingTrace.from_capture(captured.pop(), 1024, 128, range(96)).slice_tokens(1022, 1024) for _ in begun]
+        refuse_dead_capture(new)
+        for number, one in enumerate(begun):
+            stretch = replace(one.response, response_ids=[7], log_probs=[-1.0], text="", trace=new[number])
+            begun[number] = one.grown(stretch, 4, 2048)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [one.response.trace.num_tokens for one in begun] == [1024] * 16
+    # The sequence that is taken at the moment is there twice more; lists of tokens and log-probs are not counted.
+    assert peak == pytest.approx(told.rollout_peak_bytes + 2 * told.trace_bytes_per_sequence, rel=0.1)
+
+
+def again(ids_RLK: np.ndarray) -> np.ndarray:
+    return np.concatenate([ids_RLK] * 16)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_evolution_and_predictor_take_what_was_told(dtype, tmp_path):
     run = make_run(tmp_path)
@@ -184,6 +216,39 @@ def test_the_rollout_keeps_captured_routes_of_the_size_that_was_told(num_experts
         routers_of(num_experts, top_k, range(4)), Workload(sequences=2, mini_steps=1), (8192,)
     ).routes
     assert stored == pytest.approx(told.captured_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (256, 8)])
+def test_a_rollout_leaves_to_the_next_no_more_than_was_told_and_hardly_less(num_experts, top_k, tmp_path):
+    store = RunStore(str(tmp_path), "run-1")
+    store.create_run({})
+    traces = [make_trace(4096, num_experts, top_k, range(4), seed=n) for n in range(4)]
+    members: list[Begun | None] = [begun_of(trace, seed) for seed, trace in enumerate(traces)]
+    prompt = Prompt(row=0, messages=[], data_source="made_up", ground_truth=None, extra_info={})
+    writer = store.begin("rollout", 0, {}, DIGEST)
+    about = PartialAbout(prompts_drawn=1, data_sha256="0" * 64, origins={})
+    write_carried(writer, [PromptGroup(0, prompt, members)], about)
+    stored = sum(one.size for one in store.open(writer.commit()).commit.objects)
+    load = Workload(sequences=4, carried_sequences=4)
+    (told,) = size_iteration(routers_of(num_experts, top_k, range(4)), load, (4096,)).routes
+    # Four layers only: of a large model's bytes routes are nearly all.
+    assert 0.85 * told.carried_bytes < stored < told.carried_bytes
+
+
+def begun_of(trace: RoutingTrace, seed: int) -> Begun:
+    """A response of tokens that are as hard to compress as those of a large vocabulary, of four letters each."""
+    rng = np.random.default_rng(seed)
+    number = trace.num_tokens - 1
+    letters = rng.integers(97, 123, 4 * number, dtype=np.uint8).tobytes().decode()
+    response = Response(
+        prompt_ids=[1],
+        response_ids=rng.integers(0, 150_000, number).tolist(),
+        log_probs=(-rng.exponential(1.0, number)).tolist(),
+        text=letters,
+        truncated=True,
+        trace=trace,
+    )
+    return Begun.of(response, [3] * number, number + 1)
 
 
 def sample_of(number: int, trace: RoutingTrace) -> Sample:

@@ -1,25 +1,17 @@
-import errno
+"""Artifacts: committed once and whole, found by what they were made from, refused when they are not as committed."""
+
 import hashlib
 import json
 import os
-import traceback
 from pathlib import Path
 
 import fsspec
 import pytest
+from archive_samples import commit_scores
 
 from moe_replay.archive.artifacts import ArtifactRef, Commit, RunStore
-from moe_replay.archive.layout import STAGES, RunLayout
-from moe_replay.archive.storage import Storage, storage_errors
-from moe_replay.errors import ArchiveCorrupt, ConfigError, StorageFull, StorageUnavailable
-
-
-def commit_scores(store, iteration=0, data=b"scores", inputs=None, digest="d", **kwargs):
-    writer = store.begin("evaluation", iteration, inputs or {}, digest)
-    writer.write_bytes("scores.parquet", data)
-    writer.write_bytes("parts/summary.json", b"{}")
-    return writer.commit(**kwargs)
-
+from moe_replay.archive.storage import Storage
+from moe_replay.errors import ArchiveCorrupt, ConfigError
 
 REF = ArtifactRef(uri="iterations/00000/rollout", sha256="a" * 64)
 
@@ -334,109 +326,6 @@ def test_a_damaged_remote_artifact_leaves_no_copy(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_status_comes_from_storage_alone(store):
-    commit_scores(store, iteration=3)
-    store.begin("rollout", 4, {}, "d")
-    again = RunStore(store.name.rsplit("/", 1)[0], "run-1")
-    assert again.iterations() == [3, 4]
-    states = {status.stage: status for status in again.status(3)}
-    assert tuple(states) == STAGES
-    assert (states["evaluation"].state, states["evaluation"].bytes) == ("committed", len(b"scores{}"))
-    assert states["evaluation"].seconds is not None
-    assert states["rollout"].state == "missing"
-    assert {status.state for status in again.status(4)} == {"missing"}
-
-
-def test_opening_a_run_creates_nothing(tmp_path):
-    store = RunStore(str(tmp_path / "root"), "run-1")
-    assert store.iterations() == []
-    assert store.commit_of("rollout", 0) is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_is_created_once_and_accepts_the_same_document(store):
-    store.create_run({"config": {"lr": 1e-4}, "seed": 1}, about={"versions": {"verl": "1"}})
-    store.create_run({"seed": 1, "config": {"lr": 1e-4}}, about={"versions": {"verl": "2"}})
-    assert store.read_run() == {"config": {"lr": 1e-4}, "seed": 1, "about": {"versions": {"verl": "1"}}}
-
-
-def test_a_run_with_another_document_is_refused_by_key(store):
-    store.create_run({"config": {"lr": 1e-4, "steps": 2}, "seed": 1})
-    with pytest.raises(ConfigError, match=r"config\.lr, new differ \(2 keys\)") as caught:
-        store.create_run({"config": {"lr": 2e-4, "steps": 2}, "seed": 1, "new": "secret-value"})
-    assert "secret-value" not in str(caught.value)
-
-
-def test_reading_a_run_that_is_not_there_says_where_it_looked(store):
-    with pytest.raises(ConfigError, match="no run run-1"):
-        store.read_run()
-
-
-@pytest.mark.parametrize("run_id", ["", "../x", "a/b", ".hidden", "-x", "a" * 65, "a\n", "ü"])
-def test_run_ids_are_never_paths(run_id):
-    with pytest.raises(ConfigError, match="run id"):
-        RunStore("memory://x", run_id)
-
-
-def test_an_unknown_stage_is_refused():
-    with pytest.raises(ConfigError, match="evaluation"):
-        RunLayout("r").stage(0, "evolve")
-
-
-def test_a_root_that_can_be_written_is_left_as_it_was(store):
-    store.probe_writable()
-    assert Storage.at(store.name.rsplit("/", 1)[0]).sizes() == {}
-
-
-def test_a_root_that_is_a_file_is_a_config_error(tmp_path):
-    (tmp_path / "root").write_text("a file")
-    with pytest.raises(ConfigError, match="permissions"):
-        RunStore(str(tmp_path / "root"), "run-1").probe_writable()
-
-
-def test_a_root_of_no_known_file_system_is_a_config_error():
-    with pytest.raises(ConfigError, match="no file system serves"):
-        RunStore("nosuch://bucket", "run-1")
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (PermissionError(errno.EACCES, "key AKIA123 denied"), ConfigError),
-        (OSError(errno.EROFS, "AKIA123"), ConfigError),
-        (TimeoutError("AKIA123"), StorageUnavailable),
-        (ConnectionResetError(errno.ECONNRESET, "AKIA123"), StorageUnavailable),
-        (OSError(errno.EBUSY, "SlowDown AKIA123"), StorageUnavailable),
-        (OSError(errno.EDQUOT, "AKIA123"), StorageFull),
-    ],
-)
-def test_storage_errors_say_whether_to_retry_and_never_quote_the_store(error, kind):
-    with pytest.raises(kind) as caught, storage_errors("reading s3://bucket/x"):
-        raise error
-    assert "s3://bucket/x" in str(caught.value)
-    assert "AKIA123" not in str(caught.value)
-
-
-def test_the_clients_credential_and_network_errors_are_told_apart():
-    exceptions = pytest.importorskip("botocore.exceptions")
-    with pytest.raises(ConfigError), storage_errors("writing"):
-        raise exceptions.NoCredentialsError()
-    with pytest.raises(StorageUnavailable), storage_errors("writing"):
-        raise exceptions.EndpointConnectionError(endpoint_url="http://user:secret@host")
-
-
-def test_credentials_in_a_url_are_not_told():
-    with pytest.raises(ConfigError) as caught:
-        RunStore("nosuch://user:secret@host/path?token=secret", "run-1")
-    assert "secret" not in str(caught.value)
-
-
 def test_a_commit_parses_to_the_same_bytes(local_store, tmp_path):
     data = Path(tmp_path / "run-1" / commit_scores(local_store).uri / "_committed.json").read_bytes()
     assert Commit.from_bytes(data, "x").to_bytes() == data
-
-
-def test_what_a_store_says_of_credentials_is_in_no_traceback(capsys):
-    with pytest.raises(StorageUnavailable) as caught, storage_errors("reading s3://bucket/x"):
-        raise ConnectionResetError("signed with AWSSECRET/word by https://host/x?sig=AWSSECRET")
-    assert "AWSSECRET" not in "".join(traceback.format_exception(caught.value))

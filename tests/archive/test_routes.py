@@ -1,5 +1,7 @@
+import tracemalloc
 import uuid
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,3 +235,25 @@ def test_an_artifact_without_routes_is_refused(local_store):
     ref = local_store.begin("routes", 0, {}, DIGEST).commit()
     with pytest.raises(ArchiveCorrupt, match="no readable zarr group"):
         RouteArchive.open(local_store.open(ref))
+
+
+def peak_memory(root: Path, num_sequences: int) -> int:
+    """Bytes held at most while an archive is written and its routes are read, a chunk of tokens at a time."""
+    trace = make_trace(500, num_experts=128, top_k=8, layers=range(4))
+    store = RunStore(str(root), "run-1")
+    tracemalloc.start()
+    writer = store.begin("routes", 0, {}, DIGEST)
+    sequences = ((trace, bytes(16)) for _ in range(num_sequences))
+    write_routes(writer, sequences, origin_of(128, 8, tuple(range(4))), chunk_tokens=8192, codec="zstd")
+    opened = RouteArchive.open(store.open(writer.commit()))
+    for rows in opened.chunks():
+        opened.read(rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_does_not_grow_with_the_archive(tmp_path):
+    small, large = peak_memory(tmp_path / "small", 100), peak_memory(tmp_path / "large", 400)
+    more = 300 * 500 * 4 * 8
+    assert large - small < more / 4, f"{small / 2**20:.0f} MiB, then {large / 2**20:.0f} for {more / 2**20:.0f} more"

@@ -1,15 +1,17 @@
-"""The process in which verl works, shared by the tests of training and of rollout, and a random model for it."""
+"""The processes in which verl and vLLM work, shared by the tests of training and of rollout, and models for them."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from models import write_random
+from models import write_perturbed, write_random
 from rollout_calls import CONFIG
 from trainer import Trainer
 
+from moe_replay.data.prompts import PromptTable
 from moe_replay.engines import rollout
 from moe_replay.engines.process import EngineProcess, no_progress
+from moe_replay.engines.rollout import Request
 from moe_replay.tiny import EmbeddedAssets
 
 
@@ -47,3 +49,18 @@ def trainer(bench: EngineProcess) -> Trainer:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random(tmp_path_factory.mktemp("models") / "qwen3_moe", "qwen3_moe")
+
+
+@pytest.fixture(scope="session")
+def perturbed(assets: EmbeddedAssets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with other weights."""
+    return write_perturbed(assets.model, tmp_path_factory.mktemp("models") / "perturbed")
+
+
+@pytest.fixture(scope="session")
+def questions(assets: EmbeddedAssets) -> list[Request]:
+    """Eight of the benchmark's problems, four times each, one with a system prompt."""
+    prompts = PromptTable.open(assets.benchmark).take(8)
+    asked = [prompt.messages for prompt in prompts for _ in range(4)]
+    asked[0] = [{"role": "system", "content": "Add. "}, *asked[0]]
+    return [Request(messages, seed) for seed, messages in enumerate(asked)]

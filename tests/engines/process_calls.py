@@ -1,6 +1,8 @@
 """What `test_process.py` has engines do; imported by name in their processes."""
 
 import atexit
+import contextlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -25,6 +27,14 @@ class Broken:
 
     def __init__(self, rows: int):
         raise RoutingMismatch(f"routes cover {rows} rows")
+
+
+class Locked(Counter):
+    """An engine of a library that makes a lock for its own process, as vLLM does."""
+
+    def __init__(self, start: int):
+        super().__init__(start)
+        self.lock = multiprocessing.Lock()
 
 
 class ForeignError(Exception):
@@ -107,3 +117,16 @@ def drive(log: str, then: str) -> None:
 
 def environment(counter: Counter, progress: Progress, name: str) -> str | None:
     return os.environ.get(name)
+
+
+def interrupt(log: str) -> None:
+    """A driving process that stops its engine at work."""
+    from moe_replay.engines.process import EngineProcess
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    engine = EngineProcess("process_calls:Locked", (0,), "counter", Path(log), {})
+    with contextlib.suppress(KeyboardInterrupt):
+        engine.call("process_calls:sleep", interrupted, 600)
+    engine.stop()

@@ -197,19 +197,31 @@ def test_stop_of_an_engine_that_is_gone_is_harmless(engine):
     assert time.monotonic() - began < 2
 
 
+def drive(tmp_path: Path, function: str, *words: str) -> subprocess.Popen[str]:
+    """Start a function of `process_calls` as a program that drives an engine."""
+    program = f"import sys, process_calls\nif __name__ == '__main__': process_calls.{function}(*sys.argv[1:])\n"
+    (tmp_path / "driver.py").write_text(program)
+    command = [sys.executable, tmp_path / "driver.py", tmp_path / "counter.log", *words]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
 @pytest.mark.parametrize("then", ["rest", "work"])
 def test_an_engine_and_its_children_end_when_the_driver_is_killed(tmp_path, then):
-    program = "import sys, process_calls\nif __name__ == '__main__': process_calls.drive(*sys.argv[1:])\n"
-    (tmp_path / "driver.py").write_text(program)
-    command = [sys.executable, tmp_path / "driver.py", tmp_path / "counter.log", then]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as driver:
+    with drive(tmp_path, "drive", then) as driver:
         assert driver.stdout is not None
         pids = [int(pid) for pid in driver.stdout.readline().split()]
         assert len(pids) == 2
         assert not any(map(gone, pids))
         driver.kill()
         assert wait_until_gone(*pids)
+
+
+def test_an_engine_stopped_at_work_leaves_no_semaphores_that_the_driver_would_tell_of(tmp_path):
+    driver = drive(tmp_path, "interrupt")
+    assert driver.communicate(timeout=60) == ("", "")
+    assert driver.returncode == 0
 
 
 def test_output_of_the_engine_goes_to_its_log_alone(tmp_path, capfd):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_replay.engines.packable import require_packable
 from moe_replay.errors import ConfigError
+from moe_replay.routing.model_shape import empty_model
 from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 MIXED = {
@@ -23,7 +24,7 @@ MIXED = {
 def check(folder: Path, family: str, ranks: int = 1, training: dict[str, Any] | None = None, **changes: Any) -> None:
     config_of(family, **changes).save_pretrained(folder)
     resources = ResourcesConfig(training_world_size=ranks, training_sequence_parallel_size=ranks)
-    require_packable(folder, TrainingConfig(packing=True, **(training or {})), resources)
+    require_packable(empty_model(folder), TrainingConfig(packing=True, **(training or {})), resources)
 
 
 MASKED_WITHOUT_POSITIONS = {"afmoe": "AfmoeModel", "gpt_oss": "GptOssModel"}

@@ -23,8 +23,9 @@ from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.plan import ForkPoint
 from moe_replay.preparation import preflight, prepare
 from moe_replay.routing.trace import RoutingTrace
-from moe_replay.stages.carrying import PartialAbout, PromptGroup, read_about, read_carried, route_changes, write_carried
-from moe_replay.stages.partial import about_rollout, groups_at_work, requests_of, sample_until_whole, staleness_metrics
+from moe_replay.stages.carrying import PartialAbout, read_about, read_carried, route_changes, write_carried
+from moe_replay.stages.partial import about_rollout, begin_rollout, requests_of, sample_until_whole, staleness_metrics
+from moe_replay.stages.prompt_groups import PromptGroup
 from moe_replay.stages.replayable import require_replayable, tellable_methods
 from moe_replay.stages.rollout import make_sample
 from moe_replay.stages.routes import archive_routes
@@ -86,7 +87,7 @@ class Rollouts:
         """The groups trained on, and what was committed."""
         rollout, version = self.run.config.rollout, max(0, iteration - self.steps_off)
         assert rollout.partial_response_tokens is not None
-        groups = groups_at_work(self.run, iteration, before)
+        at_work = begin_rollout(self.run, iteration, before)
 
         def sample_round(number: int, unfinished: Sequence[tuple[PromptGroup, int]]) -> None:
             requests = requests_of(self.run, unfinished)
@@ -97,9 +98,9 @@ class Rollouts:
                 new = stretch(request.begun, request.max_new_tokens, length, version)
                 group.take(member, new, version, rollout.max_response_tokens)
 
-        trained, left = sample_until_whole(groups, rollout.prompts, sample_round)
+        trained, left = sample_until_whole(at_work.groups, rollout.prompts, sample_round)
         writer = self.run.store().begin("rollout", iteration, {}, "digest")
-        write_carried(writer, left, about_rollout(self.run, version, groups, before, origin_of(version)))
+        write_carried(writer, left, about_rollout(self.run, at_work, version, origin_of(version)))
         members = [(number, group, one) for number, group in enumerate(trained) for one in group.begun]
         write_samples(
             writer,
@@ -251,13 +252,21 @@ def test_what_is_carried_of_other_data_or_altered_is_refused(run, tmp_path):
     rollouts, artifacts = three_rollouts(run)
     elsewhere = rollouts.run.model_copy(update={"train": run.benchmarks["addition"]})
     with pytest.raises(ConfigError, match="carries responses to prompts of a file with sha256"):
-        groups_at_work(elsewhere, 2, artifacts[1])
+        begin_rollout(elsewhere, 2, artifacts[1])
     local = rollouts.run.model_copy(update={"root": str(tmp_path / "copy")})
     _, artifact = Rollouts(local, [[8, 8]]).next(0, None)
     part = next((tmp_path / "copy").rglob("carried-00000.parquet"))
     part.write_bytes(part.read_bytes()[::-1])
     with pytest.raises(ArchiveCorrupt, match=r"carried-00000\.parquet was altered"):
-        groups_at_work(local, 1, artifact)
+        begin_rollout(local, 1, artifact)
+
+
+def test_each_object_of_the_rollout_before_is_read_once(run, monkeypatch):
+    rollouts, artifacts = three_rollouts(run)
+    read, reading = [], Artifact.read_bytes
+    monkeypatch.setattr(Artifact, "read_bytes", lambda *args: (read.append(args[1]), reading(*args))[1])
+    rollouts.next(3, artifacts[2])
+    assert sorted(read) == ["carried-00000.parquet", "partial.json"]
 
 
 def test_a_response_does_not_go_on_after_another_prompt_or_in_another_model(run):

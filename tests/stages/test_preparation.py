@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.config import RunConfig
@@ -95,6 +96,16 @@ def test_a_model_that_cannot_be_packed_or_shared_out_is_refused_before_the_run_e
         prepare(changed(packed, resources=sharing), "run-1", no_progress)
     assert not RunStore(config.storage.root or "", "run-1").exists()
     assert prepare(packed, "run-1", no_progress).config.training.packing
+
+
+def test_the_model_is_built_once_to_look_at_adapters_and_packing(config, monkeypatch):
+    built, build = [], AutoModelForCausalLM.from_config
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_config", lambda *args, **of: (built.append(args), build(*args, **of))[1]
+    )
+    both = changed(config, training__lora={"rank": 8}, training__packing=True, training__mini_steps=1)
+    prepare(both, "run-1", no_progress)
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize(
