@@ -63,7 +63,7 @@ PARTS += ("checkpoint", REST, MLFLOW, TABLE)
 _STORED = {
     f"moe_replay.archive.{name}": STORAGE
     for name in (
-        *(f"writing:StageWriter.{method}" for method in ("__init__", "write_bytes", "put_file", "commit")),
+        *(f"writing:StageWriter.{method}" for method in ("__init__", "write_bytes", "take_file", "commit")),
         *(f"reading:Artifact.{method}" for method in ("open", "found", "read_bytes", "localize", "require_present")),
         "routes:RouteArchive.open",
     )

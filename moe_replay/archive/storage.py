@@ -120,6 +120,16 @@ class Storage:
         with storage_errors(f"writing {self.name}/{path} ({local.stat().st_size:,} bytes)", creating=True):
             patiently(self._fs.put_file, str(local), self._at(path))
 
+    def take(self, local: Path, path: str) -> None:
+        """Make a local file an object; the file is gone afterwards where it could be moved, else it is copied."""
+        if self.local_folder is None:
+            self.upload(local, path)
+            return
+        with storage_errors(f"writing {self.name}/{path} ({local.stat().st_size:,} bytes)", creating=True):
+            Path(self._at(path)).parent.mkdir(parents=True, exist_ok=True)
+            # Between two file systems a copy.
+            shutil.move(local, self._at(path))
+
     def download(self, path: str, local: Path) -> None:
         """Copy an object to a local file; raises FileNotFoundError when there is none."""
         with storage_errors(f"reading {self.name}/{path}"):

@@ -81,11 +81,11 @@ class StageWriter:
         self._storage.write(check_object_path(path), data)
         self._written[path] = StoredObject(path=path, size=len(data), sha256=sha256_hex(data))
 
-    def put_file(self, path: str, local: Path) -> None:
-        """Copy a local file to one object."""
+    def take_file(self, path: str, local: Path) -> None:
+        """Make a local file an object; nobody must need the file any more, which is moved where that is possible."""
         check_object_path(path)
         size, sha256 = Storage.at(str(local.parent)).digest(local.name)
-        self._storage.upload(local, path)
+        self._storage.take(local, path)
         self._written[path] = StoredObject(path=path, size=size, sha256=sha256)
 
     def zarr_store(self, subpath: str) -> "HashingStore":

@@ -194,7 +194,7 @@ def _write(
     with run.scratch() as folder:
         engine.save(folder)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            writer.put_file(f"{CHECKPOINT_FOLDER}/{file.relative_to(folder).as_posix()}", file)
+            writer.take_file(f"{CHECKPOINT_FOLDER}/{file.relative_to(folder).as_posix()}", file)
     writer.write_bytes("metrics.json", json.dumps({"mini_steps": steps}, sort_keys=True, indent=2).encode())
     writer.write_bytes(ROUTING_FILE, observation.statistics().model_dump_json().encode())
     batch_of = batch.responses

@@ -278,15 +278,26 @@ def test_an_artifact_outside_the_run_opens_by_url(local_store, root):
     assert local_store.open(outside).read_bytes("scores.parquet") == b"scores"
 
 
-def test_files_are_put_and_localized(store, tmp_path):
-    source = tmp_path / "model.safetensors"
-    source.write_bytes(os.urandom(100_000))
+def test_files_are_taken_and_localized(store, tmp_path):
+    source, data = tmp_path / "model.safetensors", os.urandom(100_000)
+    source.write_bytes(data)
     writer = store.begin("training", 0, {}, "d")
-    writer.put_file("checkpoint/model.safetensors", source)
+    writer.take_file("checkpoint/model.safetensors", source)
     artifact = store.open(writer.commit())
     folder = artifact.localize(tmp_path / "cache")
-    assert (folder / "checkpoint/model.safetensors").read_bytes() == source.read_bytes()
+    assert (folder / "checkpoint/model.safetensors").read_bytes() == data
     assert artifact.localize(tmp_path / "cache") == folder
+
+
+def test_a_taken_file_is_moved_on_one_file_system_and_copied_to_another(tmp_path):
+    on_disk, in_memory = RunStore(str(tmp_path / "root"), "run-1"), RunStore("memory://taken", "run-1")
+    for store, stays in ((on_disk, False), (in_memory, True)):
+        source = tmp_path / "weights"
+        source.write_bytes(b"weights")
+        writer = store.begin("training", 0, {}, "d")
+        writer.take_file("checkpoint/weights", source)
+        assert source.exists() == stays
+        assert store.open(writer.commit()).read_bytes("checkpoint/weights") == b"weights"
 
 
 def test_a_part_of_an_artifact_is_localized_without_the_rest(tmp_path):

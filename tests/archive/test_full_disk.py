@@ -28,7 +28,7 @@ def commit_bytes(store: RunStore, _: Path) -> ArtifactRef:
 def commit_file(store: RunStore, elsewhere: Path) -> ArtifactRef:
     (elsewhere / "weights").write_bytes(MUCH)
     writer = store.begin("training", 1, {}, DIGEST)
-    writer.put_file("checkpoint/weights", elsewhere / "weights")
+    writer.take_file("checkpoint/weights", elsewhere / "weights")
     return writer.commit()
 
 

@@ -169,7 +169,7 @@ def write_small(writer, tmp_path) -> None:
 
 def write_file(writer, tmp_path) -> None:
     (tmp_path / "weights").write_bytes(b"weights")
-    writer.put_file("checkpoint/model", tmp_path / "weights")
+    writer.take_file("checkpoint/model", tmp_path / "weights")
 
 
 def write_arrays(writer, tmp_path) -> None:

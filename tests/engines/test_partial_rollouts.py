@@ -47,7 +47,7 @@ def commit_policy(run: Run, iteration: int, folder: Path) -> ArtifactRef:
     """A training artifact whose checkpoint is the model in `folder`."""
     writer = run.store().begin("training", iteration, {}, "digest")
     for file in sorted(folder.iterdir()):
-        writer.put_file(f"checkpoint/huggingface/{file.name}", file)
+        writer.write_bytes(f"checkpoint/huggingface/{file.name}", file.read_bytes())
     return writer.commit()
 
 
