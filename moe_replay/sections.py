@@ -86,6 +86,9 @@ class RolloutConfig(Config):
 class TrainingConfig(Config):
     """How verl updates the policy."""
 
+    engine: Literal["fsdp2", "megatron"] = "fsdp2"
+    """verl's training engine. `megatron` takes a GPU, the extra `megatron`, Transformer Engine and a Qwen3-MoE model,
+    works on one rank, and has not been run on a GPU yet (docs/distributed.md)."""
     mini_steps: PositiveInt = 4
     """κ: optimizer steps per rollout batch, each on prompts * responses / κ sequences."""
     learning_rate: PositiveFloat = 1e-4
@@ -105,11 +108,13 @@ class TrainingConfig(Config):
     """Recompute activations in backward instead of keeping them."""
     packing: bool = False
     """Put the sequences of a micro-batch end to end instead of padding them to the longest: no row is computed in vain.
-    Where attention is `sdpa` its mask takes micro_batch_tokens² bytes, so this is for `flash_attention_2`."""
+    Where attention is `sdpa` its mask takes micro_batch_tokens² bytes, so this is for `flash_attention_2`, and for
+    `megatron`, which takes packed sequences alone and brings its own attention."""
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
     """Implementation of attention; `flash_attention_2` takes a GPU, bfloat16 and the package flash-attn."""
     dtype: Dtype = "float32"
-    """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
+    """Precision of the trainer's forward and backward; weights and optimizer stay float32, but under `megatron`, which
+    gives away bfloat16 weights and keeps their float32 originals with the optimizer's state."""
     lora: LoraConfig = LoraConfig()
 
 

@@ -127,7 +127,7 @@ def _require_tokens(number: int, trace: RoutingTrace, sequence: TokenSequence) -
 
 def _with_gaps(trace: RoutingTrace) -> Tensor:
     """The trace as verl's `routed_experts` of one sequence: int32 [T, L, K], -1 where there is no route."""
-    from moe_replay.engines.replay_engine import NO_ROUTE
+    from moe_replay.engines.observed_passes import NO_ROUTE
 
     ids_TLK = torch.from_numpy(trace.ids_TLK.astype("int32"))
     ids_TLK[~torch.from_numpy(trace.valid_T)] = NO_ROUTE

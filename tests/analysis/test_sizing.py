@@ -13,7 +13,7 @@ from moe_replay.analysis import measured
 from moe_replay.analysis.sizing import Workload, size_iteration
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.evolution import EvolutionArchive, array_shapes
-from moe_replay.engines.replay_engine import NO_ROUTE
+from moe_replay.engines.observed_passes import NO_ROUTE
 from moe_replay.engines.row_layout import PaddedRows
 from moe_replay.engines.training_batch import PassRoutes, TokenSequence
 from moe_replay.errors import ConfigError, RoutingMismatch

@@ -1,76 +1,136 @@
-"""Megatron-Core on a CPU: each place where it names a CUDA device is led to the CPU, and nothing else."""
+"""Megatron-Core, verl's Megatron engine and mbridge at work on a CPU: what of them names a GPU is led to the CPU.
 
+verl imports this by VERL_USE_EXTERNAL_MODULES. Written against Megatron-Core 0.16.1, mbridge 0.15.1, verl 0.9.1. What
+is led elsewhere, and why:
+- `torch.cuda`'s current device, streams, synchronisation and random state, and `.cuda()`: to the CPU's. Megatron names
+  the device "cuda" in code where others ask which one there is.
+- Tensors made with `device="cuda"` are made on the CPU, and a CPU tensor's `type()` says "torch.cuda...", by which
+  Megatron's optimizers tell precisions apart.
+- `te_general_gemm`, a name that the router of Megatron-Core 0.16.1 looks up and, where Transformer Engine is missing,
+  never defines: it is set to None, upon which the router multiplies by torch, as the code beside the name does.
+- mbridge builds models of Transformer Engine's layers, which need a GPU. Its Qwen3-MoE bridge is subclassed here to take
+  Megatron-Core's own layers, chosen by Megatron-Core's own function, without fused kernels, and to know their names.
+- Megatron-Core's own attention takes no packed sequences: it is called for each sequence of a line by itself.
+- moe-replay's check that refuses machines without a GPU is told that nothing is missing.
+
+Nothing else differs: model, router, dispatch to experts, schedule, gradients' buffers, optimizer, loss and the
+conversion of weights are those of the packages.
+"""
+
+import re
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe import moe_utils
+from torch import Tensor
+from torch.utils._device import _device_constructors
+
+from moe_replay.engines import megatron_settings
+
+# verl's engines ask for their platform when they are imported: this registers it.
+from moe_replay.engines.verl_plugin import PlatformCPU  # isort: split  # noqa: F401
+
+_FACTORIES = ("tensor", "zeros", "empty", "ones", "full", "arange")
+_WITHOUT_FUSED_KERNELS = {
+    "persist_layer_norm": False,
+    "masked_softmax_fusion": False,
+    "moe_grouped_gemm": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+}
 
 
 class Stream(torch.cpu.Stream):
-    def record_event(self, event=None):
+    """A stream whose events can be waited for, which torch's own of a CPU lacks."""
+
+    def record_event(self, event: Any = None) -> Any:
         return torch.cpu.Event()
 
 
-def redirect() -> None:
-    cpu = torch.device("cpu")
+class PackedAttention(DotProductAttention):
+    """Megatron-Core's attention, sequence by sequence of a packed line [T, heads, size]."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **given: Any
+    ) -> Tensor:
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        spans = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        parts = [
+            super(PackedAttention, self).forward(*(x[span, None] for x in (query, key, value)), None, **given)
+            for span in spans
+        ]
+        return torch.cat(parts).squeeze(1)
+
+
+def _redirect_torch() -> None:
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: cpu
+    cuda.current_device = lambda: torch.device("cpu")
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.manual_seed = torch.manual_seed
-    stream = Stream()
-    cuda.Stream = lambda *args, **kwargs: stream
-    cuda.current_stream = lambda: stream
+    cuda.Stream = Stream
+    cuda.current_stream = cuda.default_stream = torch.cpu.current_stream
     cuda.stream = lambda stream: nullcontext()
-    cuda.synchronize = cuda.empty_cache = lambda *args: None
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args: self
-    plain_type = torch.Tensor.type
-    torch.Tensor.type = lambda self, *args: plain_type(self, *args) if args else plain_type(self).replace("torch.", "torch.cuda.")
-    from torch.utils._device import _device_constructors
-    _device_constructors()
-    for name in ("tensor", "zeros", "empty", "ones", "full", "arange"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    from megatron.core.tensor_parallel import random
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    from megatron.core.transformer.moe import moe_utils
-    moe_utils.te_general_gemm = None
+    cuda.synchronize = cuda.empty_cache = lambda *_: None
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_: self
+    type_of = tensor.type
+    tensor.type = lambda self, *to, **how: (
+        type_of(self, *to, **how) if to or how else type_of(self).replace("torch.", "torch.cuda.")
+    )
+    _device_constructors()  # torch lists them once, and must list its own
+    for name in _FACTORIES:
+        setattr(torch, name, _made_on_cpu(getattr(torch, name)))
 
 
-def _on_cpu(factory):
-    def made(*args, **kwargs):
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return factory(*args, **kwargs)
-    return made
+def _made_on_cpu(factory: Any) -> Any:
+    def make(*args: Any, **given: Any) -> Any:
+        if str(given.get("device", "")).startswith("cuda"):
+            given["device"] = "cpu"
+        return factory(*args, **given)
+
+    return make
 
 
-def local_bridge():
-    import re
-    from verl.models.mcore import mbridge
+def _redirect_megatron() -> None:
+    megatron_random: Any = random
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    router: Any = moe_utils
+    router.te_general_gemm = None
+    megatron_settings.missing_here = list
+
+
+def _take_megatrons_own_layers() -> None:
     from mbridge.core import register_model
     from mbridge.models.qwen3moe import Qwen3MoEBridge
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    class PackedAttention(DotProductAttention):
-        def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-            bounds = packed_seq_params.cu_seqlens_q.tolist()
-            whole = []
-            for a, b in zip(bounds, bounds[1:]):
-                whole.append(super().forward(query[a:b, None], key[a:b, None], value[a:b, None], None, **kwargs))
-            return torch.cat(whole).squeeze(1)
+    class LocalBridge(Qwen3MoEBridge):
+        """mbridge's, of Megatron-Core's own layers: norms are modules of their own, and experts too."""
 
-    @register_model("qwen3_moe")
-    class LocalQwen3MoEBridge(Qwen3MoEBridge):
-        def _build_base_config(self, **kwargs):
-            return super()._build_base_config(**(kwargs | dict(persist_layer_norm=False, masked_softmax_fusion=False, moe_grouped_gemm=False, bias_activation_fusion=False, bias_dropout_fusion=False)))
-        def _get_transformer_layer_spec(self, vp_stage=None):
+        def _build_base_config(self, **given: Any) -> Any:
+            return super()._build_base_config(**given | _WITHOUT_FUSED_KERNELS)
+
+        def _get_transformer_layer_spec(self, vp_stage: int | None = None) -> Any:
             self.has_vp_stage = True
             spec = get_gpt_decoder_block_spec(self.config, use_transformer_engine=False, vp_stage=vp_stage)
             for layer in spec.layer_specs:
                 layer.submodules.self_attention.submodules.core_attention = PackedAttention
             return spec
-        def _weight_name_mapping_mcore_to_hf(self, name):
-            name = name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
-            name = re.sub(r"local_experts\.(\d+)\.(linear_fc\d)\.weight", r"\2.weight\1", name)
-            return super()._weight_name_mapping_mcore_to_hf(name)
+
+        def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
+            fused = mcore_weights_name.replace(
+                ".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"
+            )
+            fused = re.sub(r"local_experts\.(\d+)\.(linear_fc\d)\.weight", r"\2.weight\1", fused)
+            return super()._weight_name_mapping_mcore_to_hf(fused)
+
+    register_model("qwen3_moe")(LocalBridge)
+
+
+_redirect_torch()
+_redirect_megatron()
+_take_megatrons_own_layers()
