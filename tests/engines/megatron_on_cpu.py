@@ -8,8 +8,9 @@ is led elsewhere, and why:
   Megatron's optimizers tell precisions apart.
 - `te_general_gemm`, a name that the router of Megatron-Core 0.16.1 looks up and, where Transformer Engine is missing,
   never defines: it is set to None, upon which the router multiplies by torch, as the code beside the name does.
-- mbridge builds models of Transformer Engine's layers, which need a GPU. Its Qwen3-MoE bridge is subclassed here to take
-  Megatron-Core's own layers, chosen by Megatron-Core's own function, without fused kernels, and to know their names.
+- mbridge builds models of Transformer Engine's layers, which need a GPU. Its Qwen3-MoE bridge is subclassed here to
+  take Megatron-Core's own layers, chosen by Megatron-Core's own function, without fused kernels, and to know their
+  names.
 - Megatron-Core's own attention takes no packed sequences: it is called for each sequence of a line by itself.
 - moe-replay's check that refuses machines without a GPU is told that nothing is missing.
 
@@ -19,6 +20,7 @@ conversion of weights are those of the packages.
 
 import re
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ class PackedAttention(DotProductAttention):
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **given: Any
     ) -> Tensor:
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        spans = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        spans = [slice(start, end) for start, end in pairwise(bounds)]
         parts = [
             super(PackedAttention, self).forward(*(x[span, None] for x in (query, key, value)), None, **given)
             for span in spans
