@@ -1,0 +1,63 @@
+"""Runs trained by verl's Megatron engine on a CPU, against the same trained by FSDP2."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import json
+import os
+
+import pytest
+from command import EXACT, run_json
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("mbridge")
+
+from moe_replay.archive.artifacts import RunStore
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+ENGINES = HERE.parent / "engines"
+SETTINGS = {**EXACT, "training.engine": "megatron", "training.packing": "true"}
+METRICS = ("mismatch", "policy", "routing", "reward", "response", "predictor", "evolution")
+
+
+def megatron_json(*words: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """As `run_json`, in processes of which each finds the CPU where Megatron looks for a GPU."""
+    sets = [f"--set={key}={value}" for key, value in settings.items()]
+    path = os.pathsep.join([str(ENGINES), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "megatron_cli.py"), *words, "--json", *sets],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "megatron_on_cpu"},
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
+    return json.loads(done.stdout)
+
+
+def measured(run: dict[str, Any]) -> list[dict[str, float]]:
+    """By iteration, what does not depend on how fast it was."""
+    return [{key: value for key, value in one.items() if key.split("/")[0] in METRICS} for one in run["iterations"]]
+
+
+@pytest.mark.parametrize("method", ["r3", "pr2"])
+def test_a_run_measures_what_one_trained_by_fsdp2_does_and_resumes_to_the_same_bytes(method: str, tmp_path: Path) -> None:
+    root, settings = f"--root={tmp_path.as_uri()}", {"method": method}
+    straight = megatron_json("run", "--run-id=straight", root, "--iterations=2", settings=SETTINGS | settings)
+    megatron_json("run", "--run-id=resumed", root, "--iterations=1", settings=SETTINGS | settings)
+    resumed = megatron_json("resume", "resumed", root, "--allow-config-change=iterations", settings={"iterations": 2})
+    assert measured(resumed) == measured(straight)
+    digests = [
+        [RunStore(tmp_path.as_uri(), run).committed("training", n).commit.files for n in (0, 1)]
+        for run in ("straight", "resumed")
+    ]
+    assert digests[0] == digests[1]
+
+    fsdp2 = run_json("run", "--run-id=fsdp2", root, "--iterations=2", settings=EXACT | settings)
+    for ours, theirs in zip(measured(straight), measured(fsdp2), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
