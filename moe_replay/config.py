@@ -115,6 +115,13 @@ class RunConfig(Config):
     def _engine_does_what_is_asked(self) -> "RunConfig":
         if self.training.engine == "megatron":
             require_megatron_does(self.method, self.rollout, self.training, self.resources)
+            return self
+        for key in ("training_expert_parallel_size", "training_pipeline_parallel_size"):
+            if (ranks := getattr(self.resources, key)) > 1:
+                raise ValueError(
+                    f"resources.{key} = {ranks} is for training.engine = 'megatron', and it is 'fsdp2', which shards "
+                    "weights instead; set one of the two"
+                )
         return self
 
     @model_validator(mode="after")

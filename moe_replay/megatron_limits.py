@@ -20,8 +20,9 @@ def require_megatron_does(
             "that out",
         ),
         (
-            resources.training_world_size > 1,
-            f"works on one rank here, and resources.training_world_size = {resources.training_world_size}; set it to 1",
+            resources.training_sequence_parallel_size > 1,
+            "has no sequences shared among ranks here, and resources.training_sequence_parallel_size = "
+            f"{resources.training_sequence_parallel_size}; set it to 1",
         ),
         (
             resources.colocated,

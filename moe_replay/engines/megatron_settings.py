@@ -13,17 +13,23 @@ import torch
 
 from moe_replay.errors import ConfigError
 from moe_replay.routing.model_shape import model_config
-from moe_replay.sections import TrainingConfig
+from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 
-def require_megatron(folder: Path) -> None:
-    """Raise ConfigError where Megatron can't train the model in `folder`: what is missing here, or unlike mbridge's."""
+def require_trainable(folder: Path, resources: ResourcesConfig) -> None:
+    """Raise ConfigError before a run exists: as `require_bridgeable`, or for what is missing if it trains here."""
+    require_bridgeable(folder, resources)
+    if resources.training_world_size == 1:  # else elsewhere, perhaps
+        require_megatron_here()
+
+
+def require_megatron_here() -> None:
+    """Raise ConfigError where this machine lacks something that Megatron takes."""
     if missing := missing_here():
         raise ConfigError(
             f"training.engine = 'megatron' takes {' and '.join(missing)}, which this machine has not; install the "
             "extra `megatron` and Transformer Engine where there is a GPU, or set training.engine = 'fsdp2'"
         )
-    require_bridgeable(folder)
 
 
 def missing_here() -> list[str]:
@@ -33,39 +39,59 @@ def missing_here() -> list[str]:
     return missing if torch.cuda.is_available() else ["a GPU", *missing]
 
 
-def require_bridgeable(folder: Path) -> None:
-    """Raise ConfigError for a model that mbridge would build otherwise than transformers does, without saying so."""
+def require_bridgeable(folder: Path, resources: ResourcesConfig = ResourcesConfig()) -> None:  # noqa: B008 (frozen)
+    """Raise ConfigError for a model that mbridge would build otherwise than transformers does, without saying so.
+
+    And for one whose layers or experts the ranks can't share out evenly.
+    """
     config = model_config(folder)
     if config.model_type != "qwen3_moe":
         raise ConfigError(
             f"training.engine = 'megatron' is tested with models of the family qwen3_moe alone, and this one is of "
             f"{config.model_type}; set training.engine = 'fsdp2', or choose another model"
         )
-    rotary = config.rope_parameters or {}
-    ignored = {
+    if told := _overlooked(config):
+        raise ConfigError(
+            f"mbridge builds Qwen3-MoE models without looking at {', '.join(told)} of config.json, which this model "
+            "has set: Megatron would train another model; set training.engine = 'fsdp2'"
+        )
+    for key, parts, of_what in (
+        ("training_expert_parallel_size", config.num_experts, "experts of each layer"),
+        ("training_pipeline_parallel_size", config.num_hidden_layers, "layers"),
+    ):
+        if parts % (ranks := getattr(resources, key)):
+            fitting = [n for n in range(1, parts + 1) if parts % n == 0]
+            raise ConfigError(
+                f"resources.{key} = {ranks} ranks take equal shares of the {parts} {of_what} of this model; set it to "
+                f"one of {', '.join(map(str, fitting))}"
+            )
+
+
+def _overlooked(config: Any) -> list[str]:
+    """What mbridge's Qwen3-MoE does not look at and this one has set."""
+    is_set = {
         "mlp_only_layers": bool(config.mlp_only_layers),
         "decoder_sparse_step": config.decoder_sparse_step != 1,
         "attention_bias": bool(config.attention_bias),
         "use_sliding_window": bool(config.use_sliding_window),
         "tie_word_embeddings": bool(config.tie_word_embeddings),
-        "rope_parameters": rotary.get("rope_type", "default") != "default",
+        "rope_parameters": (config.rope_parameters or {}).get("rope_type", "default") != "default",
     }
-    if told := [name for name, is_set in ignored.items() if is_set]:
-        raise ConfigError(
-            f"mbridge builds Qwen3-MoE models without looking at {', '.join(told)} of config.json, which this model "
-            "has set: Megatron would train another model; set training.engine = 'fsdp2'"
-        )
+    return [name for name, so in is_set.items() if so]
 
 
-def engine_config(folder: Path, training: TrainingConfig) -> Any:
-    """verl's `McoreEngineConfig` for the model in the folder, on one rank."""
+def engine_config(folder: Path, training: TrainingConfig, resources: ResourcesConfig) -> Any:
+    """verl's `McoreEngineConfig` for the model in the folder."""
     from verl.workers.config import EngineRouterReplayConfig, McoreEngineConfig
 
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = McoreEngineConfig(
         vanilla_mbridge=True,
         use_remove_padding=True,
-        # Its state is cut by bytes, not by parameters; one rank has nothing to share out.
+        expert_model_parallel_size=resources.training_expert_parallel_size,
+        expert_tensor_parallel_size=1,
+        pipeline_model_parallel_size=resources.training_pipeline_parallel_size,
+        # Its state is cut by bytes, not by parameters, and could not be kept by their names.
         use_distributed_optimizer=False,
         router_replay=EngineRouterReplayConfig(mode="R3"),
         override_transformer_config={

@@ -67,7 +67,7 @@ class ObservedPasses:
         given = micro_batch.keys()
         self.routers.forget()
         if "reference_experts" in given:
-            self.routers.compare(*row_routes(micro_batch["reference_experts"], rows))
+            self.routers.compare(*self._routes_here(micro_batch["reference_experts"], rows))
         elif "routed_experts" in given:
             self._compare_with_replayed(micro_batch, rows)
         if "sampled_rows" in given:
@@ -75,7 +75,11 @@ class ObservedPasses:
             self.routers.watch(rows.to_rows(sampled.values(), False).nonzero()[:, 0].to(get_device_id()))
 
     def _compare_with_replayed(self, micro_batch: TensorDict, rows: RowLayout) -> None:
-        self.routers.compare(*row_routes(micro_batch["routed_experts"], rows))
+        self.routers.compare(*self._routes_here(micro_batch["routed_experts"], rows))
+
+    def _routes_here(self, nested: Any, rows: RowLayout) -> tuple[Tensor, Tensor]:
+        """`row_routes` of the layers whose routers are on this rank."""
+        return row_routes(nested, rows)
 
     def _seen(self, micro_batch: TensorDict, rows: RowLayout) -> dict[str, Tensor]:
         """What the routers saw of the tokens, nested by sequence."""

@@ -24,7 +24,8 @@ def worker_config(model: Path, training: TrainingConfig, resources: ResourcesCon
 
     from moe_replay.engines.observed_passes import MODEL_TYPE
 
-    engine, optimizer = _megatron(model, training) if training.engine == "megatron" else _fsdp2(training, resources)
+    is_megatron = training.engine == "megatron"
+    engine, optimizer = _megatron(model, training, resources) if is_megatron else _fsdp2(training, resources)
     return TrainingWorkerConfig(
         model_type=MODEL_TYPE,
         model_config=model_config(model, training, resources),
@@ -34,13 +35,16 @@ def worker_config(model: Path, training: TrainingConfig, resources: ResourcesCon
     )
 
 
-def _megatron(model: Path, training: TrainingConfig) -> tuple[Any, Any]:
+def _megatron(model: Path, training: TrainingConfig, resources: ResourcesConfig) -> tuple[Any, Any]:
     from moe_replay.engines import megatron_settings
 
-    megatron_settings.require_megatron(model)
+    megatron_settings.require_megatron_here()
+    megatron_settings.require_bridgeable(model, resources)
     from moe_replay.engines import megatron_engine  # noqa: F401 (registers it, and needs the extra `megatron`)
 
-    return megatron_settings.engine_config(model, training), megatron_settings.optimizer_config(training, _FOREVER)
+    return megatron_settings.engine_config(model, training, resources), megatron_settings.optimizer_config(
+        training, _FOREVER
+    )
 
 
 def _fsdp2(training: TrainingConfig, resources: ResourcesConfig) -> tuple[Any, Any]:

@@ -8,6 +8,8 @@ is led elsewhere, and why:
   Megatron's optimizers tell precisions apart.
 - `te_general_gemm`, a name that the router of Megatron-Core 0.16.1 looks up and, where Transformer Engine is missing,
   never defines: it is set to None, upon which the router multiplies by torch, as the code beside the name does.
+- Counts of tokens that the dispatch to experts fetches from the GPU as numpy's, and leaves as they are where they are not
+  on one, become numpy's: gloo, which sends by them, takes no tensors.
 - mbridge builds models of Transformer Engine's layers, which need a GPU. Its Qwen3-MoE bridge is subclassed here to
   take Megatron-Core's own layers, chosen by Megatron-Core's own function, without fused kernels, and to know their
   names.
@@ -27,7 +29,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
@@ -103,7 +105,13 @@ def _redirect_megatron() -> None:
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     router: Any = moe_utils
     router.te_general_gemm = None
+    dispatch: Any = token_dispatcher
+    dispatch.maybe_move_tensor_to_cpu = _on_host
     megatron_settings.missing_here = list
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _take_megatrons_own_layers() -> None:
@@ -123,14 +131,26 @@ def _take_megatrons_own_layers() -> None:
                 layer.submodules.self_attention.submodules.core_attention = PackedAttention
             return spec
 
+        def _weight_name_mapping_mcore_local_to_global(self, model: Any, consider_ep: bool = True) -> dict[str, str]:
+            names = super()._weight_name_mapping_mcore_local_to_global(model, consider_ep)
+            first = self.mpu.ep_rank * self.config.num_moe_experts // self.mpu.ep_size if consider_ep else 0
+            return {name: _as_grouped(whole, first) for name, whole in names.items()}
+
         def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
-            fused = mcore_weights_name.replace(
-                ".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"
+            return super()._weight_name_mapping_mcore_to_hf(
+                mcore_weights_name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
             )
-            fused = re.sub(r"local_experts\.(\d+)\.(linear_fc\d)\.weight", r"\2.weight\1", fused)
-            return super()._weight_name_mapping_mcore_to_hf(fused)
 
     register_model("qwen3_moe")(LocalBridge)
+
+
+def _as_grouped(name: str, first: int) -> str:
+    """An expert's weight by the name that it has among grouped experts, counted from the `first` of this rank."""
+    return re.sub(
+        r"local_experts\.(\d+)\.(linear_fc\d)\.weight",
+        lambda found: f"{found[2]}.weight{int(found[1]) + first}",
+        name,
+    )
 
 
 _redirect_torch()

@@ -7,8 +7,9 @@ import pytest
 from models import write_random
 
 from moe_replay.engines import megatron_settings
-from moe_replay.engines.megatron_settings import require_bridgeable, require_megatron
+from moe_replay.engines.megatron_settings import require_bridgeable, require_megatron_here
 from moe_replay.errors import ConfigError
+from moe_replay.sections import ResourcesConfig
 
 
 def with_settings(model: Path, folder: Path, **settings: object) -> Path:
@@ -40,14 +41,27 @@ def test_a_model_of_a_family_that_was_not_tried_is_refused(tmp_path):
         require_bridgeable(write_random(tmp_path / "glm", "glm4_moe"))
 
 
-def test_what_the_machine_lacks_is_named(model, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"training_expert_parallel_size": 3}, "= 3 ranks .* 8 experts of each layer .* one of 1, 2, 4, 8"),
+        ({"training_pipeline_parallel_size": 2}, "= 2 ranks .* 3 layers of this model; set it to one of 1, 3"),
+    ],
+    ids=str,
+)
+def test_ranks_that_cannot_share_out_a_model_are_refused(model, sizes, told):
+    with pytest.raises(ConfigError, match=told):
+        require_bridgeable(model, ResourcesConfig(training_world_size=6, **sizes))
+
+
+def test_what_the_machine_lacks_is_named(monkeypatch):
     lacks = {"megatron", "mbridge"}
     monkeypatch.setattr(megatron_settings.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(megatron_settings, "find_spec", lambda name: None if name in lacks else object())
     with pytest.raises(ConfigError, match=r"takes megatron-core and mbridge, which this machine has not.*'fsdp2'"):
-        require_megatron(model)
+        require_megatron_here()
     lacks.clear()
-    require_megatron(model)
+    require_megatron_here()
     monkeypatch.setattr(megatron_settings.torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="takes a GPU, which"):
-        require_megatron(model)
+        require_megatron_here()
