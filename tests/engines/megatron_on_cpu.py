@@ -8,8 +8,8 @@ is led elsewhere, and why:
   Megatron's optimizers tell precisions apart.
 - `te_general_gemm`, a name that the router of Megatron-Core 0.16.1 looks up and, where Transformer Engine is missing,
   never defines: it is set to None, upon which the router multiplies by torch, as the code beside the name does.
-- Counts of tokens that the dispatch to experts fetches from the GPU as numpy's, and leaves as they are where they are not
-  on one, become numpy's: gloo, which sends by them, takes no tensors.
+- Counts of tokens that the dispatch to experts fetches from the GPU as numpy's, and leaves as they are where they are
+  not on one, become numpy's: gloo, which sends by them, takes no tensors.
 - mbridge builds models of Transformer Engine's layers, which need a GPU. Its Qwen3-MoE bridge is subclassed here to
   take Megatron-Core's own layers, chosen by Megatron-Core's own function, without fused kernels, and to know their
   names.

@@ -5,16 +5,16 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron_passes import ENVIRONMENT, MEGATRON, TRAINING, assert_same_passes, captured, passes_of
 from models import same_sets, write_random
-from passes import BATCH, LENGTHS, SAMPLED, assert_same_pass
+from passes import BATCH, LENGTHS, assert_same_pass
 from safetensors.numpy import load_file
 from trainer import LAYERS, E, K, Trainer, foreign_routes, largest_difference
-from training_calls import Asked, Seen, make_config
+from training_calls import Asked, make_config
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
@@ -23,18 +23,13 @@ from moe_replay.engines.process import EngineProcess
 from moe_replay.errors import ArchiveCorrupt, ConfigError, RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace
 
-ROUTES = [
-    RoutingTrace.from_capture(one.ids_TLK[:-1], one.num_tokens, E, LAYERS) for one in foreign_routes(LENGTHS)
-]  # as an inference engine has them, without the last row
-TRAINING = {"packing": True, "micro_batch_tokens": 24, "learning_rate": 1e-3, "warmup_steps": 4}
-MEGATRON = {**TRAINING, "engine": "megatron"}
+ROUTES = captured(len(LAYERS))
 
 
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     log = tmp_path_factory.mktemp("logs") / "training.log"
-    environment = {"OMP_NUM_THREADS": "1", "VERL_USE_EXTERNAL_MODULES": "megatron_on_cpu", "VERL_PLATFORM": "cpu"}
-    process = EngineProcess("training_calls:Bench", (), "training", log, environment)
+    process = EngineProcess("training_calls:Bench", (), "training", log, ENVIRONMENT)
     yield Trainer(process)
     process.stop()
 
@@ -50,38 +45,12 @@ def normalised(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def passes_of(trainer: Trainer, method: str) -> list[Seen]:
-    """Scores and steps, the last of which shows what the steps did."""
-    importance = np.linspace(0.5, 2.0, BATCH.old_NS.size, dtype="float32").reshape(BATCH.old_NS.shape)
-    batch = replace(BATCH, importance_NS=importance) if method == "tis" else BATCH
-    routes = None if method in ("gspo", "tis") else ROUTES
-    asked = Asked(reference=ROUTES, sampled=SAMPLED)
-    return [
-        trainer.score(batch, None),
-        trainer.score(batch, routes, asked),
-        trainer.step(batch, routes, asked),
-        trainer.step(batch, routes, replace(asked, lr_factor=0.5)),
-        trainer.score(batch, None),
-    ]
-
-
 @pytest.mark.parametrize("method", ["r3", "gspo", "tis"])
 def test_passes_and_steps_are_those_of_fsdp2(trainer, megatron, model, method):
     trainer.open_model(model, make_config(TRAINING, method=method))
     assert megatron.open_model(model, make_config(MEGATRON, method=method)) == (E, K, LAYERS)
     assert megatron.hidden_size() == 32
-    ours, theirs = passes_of(megatron, method), passes_of(trainer, method)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert_same_pass(mine, other)
-        assert largest_difference(mine.log_probs + mine.entropy, other.log_probs + other.entropy) < 1e-5
-        assert mine.loss == pytest.approx(other.loss, abs=1e-5)
-        assert mine.grad_norm == pytest.approx(other.grad_norm, abs=1e-5)
-    for mine, other in zip(ours[1:4], theirs[1:4], strict=True):
-        assert len(mine.hidden_SLH) == sum(map(len, SAMPLED))
-        np.testing.assert_allclose(mine.hidden_SLH, other.hidden_SLH, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(mine.logits_SLE, other.logits_SLE, rtol=0, atol=1e-5)
-    assert ours[2].grad_norm > 1e-2
-    assert largest_difference(ours[0].log_probs, ours[4].log_probs) > 1e-3  # the steps did something
+    assert_same_passes(passes_of(megatron, method), passes_of(trainer, method))
 
 
 @pytest.mark.parametrize("training", [{}, {"recompute": True}], ids=str)
@@ -90,9 +59,7 @@ def test_routes_are_followed_and_weights_normalised_where_the_model_says_so(trai
     megatron.open_model(normalised, make_config(MEGATRON | training))
     live, replayed = megatron.score(BATCH, None), megatron.score(BATCH, ROUTES)
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(live.log_probs[2:], replayed.log_probs[2:], strict=True))
-    for mine, other in zip(passes_of(megatron, "r3"), passes_of(trainer, "r3"), strict=True):
-        assert_same_pass(mine, other)
-        assert mine.grad_norm == pytest.approx(other.grad_norm, abs=1e-5)
+    assert_same_passes(passes_of(megatron), passes_of(trainer))
 
 
 def test_the_last_row_is_routed_live_whatever_its_route(megatron, model):
