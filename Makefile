@@ -28,7 +28,8 @@ test-megatron: $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(MEGATRON) --no-deps \
 		--constraints infra/constraints.txt megatron-core mbridge
 	PYTHONPATH=$(MEGATRON) $(BIN)/python -m pytest -m "slow or not slow" \
-		tests/engines/test_megatron_replay.py tests/engines/test_megatron_engine.py tests/flow/test_megatron_run.py
+		tests/engines/test_megatron_replay.py tests/engines/test_megatron_engine.py \
+		tests/engines/test_megatron_ranks.py tests/flow/test_megatron_run.py
 
 # Seconds to a minute a kill; KILLS=100 is the long version.
 KILLS ?= 30

@@ -1,4 +1,4 @@
-"""Runs trained by verl's Megatron engine on a CPU, against the same trained by FSDP2."""
+"""Runs trained by verl's Megatron engine on CPUs, against the same trained by FSDP2."""
 
 import json
 import os
@@ -63,4 +63,18 @@ def test_a_run_measures_what_fsdp2s_does_and_resumes_to_the_same_bytes(method: s
     fsdp2 = run_json("run", "--run-id=fsdp2", root, "--iterations=2", settings=EXACT | settings)
     for ours, theirs in zip(measured(straight), measured(fsdp2), strict=True):
         assert ours.keys() == theirs.keys()
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_a_run_goes_on_under_other_ranks(exact_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    root = f"--root={tmp_path.as_uri()}"
+    shared = {"resources.training_world_size": 2, "resources.training_expert_parallel_size": 2}
+    megatron_json("run", "--run-id=shared", root, "--iterations=1", settings=SETTINGS | shared)
+    alone = {"iterations": 2, **dict.fromkeys(shared, 1)}
+    both = megatron_json("resume", "shared", root, "--allow-config-change=iterations", settings=alone)
+
+    store = RunStore(tmp_path.as_uri(), "shared")
+    told = [store.committed("training", number).commit.attributes for number in (0, 1)]
+    assert [one.get("training_expert_parallel_size") for one in told] == [2, None]
+    for ours, theirs in zip(measured(both), measured(exact_run[1]), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
