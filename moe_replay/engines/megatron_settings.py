@@ -39,7 +39,7 @@ def missing_here() -> list[str]:
     return missing if torch.cuda.is_available() else ["a GPU", *missing]
 
 
-def require_bridgeable(folder: Path, resources: ResourcesConfig = ResourcesConfig()) -> None:  # noqa: B008 (frozen)
+def require_bridgeable(folder: Path, resources: ResourcesConfig) -> None:
     """Raise ConfigError for a model that mbridge would build otherwise than transformers does, without saying so.
 
     And for one whose layers or experts the ranks can't share out evenly.
@@ -47,7 +47,7 @@ def require_bridgeable(folder: Path, resources: ResourcesConfig = ResourcesConfi
     config = model_config(folder)
     if config.model_type != "qwen3_moe":
         raise ConfigError(
-            f"training.engine = 'megatron' is tested with models of the family qwen3_moe alone, and this one is of "
+            "training.engine = 'megatron' is tested with models of the family qwen3_moe alone, and this one is of "
             f"{config.model_type}; set training.engine = 'fsdp2', or choose another model"
         )
     if told := _overlooked(config):

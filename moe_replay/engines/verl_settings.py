@@ -42,9 +42,8 @@ def _megatron(model: Path, training: TrainingConfig, resources: ResourcesConfig)
     megatron_settings.require_bridgeable(model, resources)
     from moe_replay.engines import megatron_engine  # noqa: F401 (registers it, and needs the extra `megatron`)
 
-    return megatron_settings.engine_config(model, training, resources), megatron_settings.optimizer_config(
-        training, _FOREVER
-    )
+    engine = megatron_settings.engine_config(model, training, resources)
+    return engine, megatron_settings.optimizer_config(training, _FOREVER)
 
 
 def _fsdp2(training: TrainingConfig, resources: ResourcesConfig) -> tuple[Any, Any]:

@@ -11,6 +11,8 @@ from moe_replay.engines.megatron_settings import require_bridgeable, require_meg
 from moe_replay.errors import ConfigError
 from moe_replay.sections import ResourcesConfig
 
+ALONE = ResourcesConfig()
+
 
 def with_settings(model: Path, folder: Path, **settings: object) -> Path:
     folder.mkdir()
@@ -31,14 +33,14 @@ def with_settings(model: Path, folder: Path, **settings: object) -> Path:
     ids=lambda one: one if isinstance(one, str) else "",
 )
 def test_a_model_that_mbridge_would_build_otherwise_is_refused(model, tmp_path, settings, told):
-    require_bridgeable(model)
+    require_bridgeable(model, ALONE)
     with pytest.raises(ConfigError, match=rf"without looking at {told} of config.json.*'fsdp2'"):
-        require_bridgeable(with_settings(model, tmp_path / "other", **settings))
+        require_bridgeable(with_settings(model, tmp_path / "other", **settings), ALONE)
 
 
 def test_a_model_of_a_family_that_was_not_tried_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"qwen3_moe alone, and this one is of glm4_moe.*'fsdp2'"):
-        require_bridgeable(write_random(tmp_path / "glm", "glm4_moe"))
+        require_bridgeable(write_random(tmp_path / "glm", "glm4_moe"), ALONE)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from command import EXACT, run_json
+from variants import VARIANTS
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 ENGINES = HERE.parent / "engines"
 SETTINGS = {**EXACT, "training.engine": "megatron", "training.packing": "true"}
-METRICS = ("mismatch", "policy", "routing", "reward", "response", "predictor", "evolution")
+METRICS = ("mismatch", "policy", "routing", "reward", "response", "predictor")
 
 
 def megatron_json(*words: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -51,14 +52,16 @@ def trained(folder: Path, run: str) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("method", ["r3", "pr2"])
-def test_a_run_measures_what_fsdp2s_does_and_resumes_to_the_same_bytes(method: str, tmp_path: Path) -> None:
-    root, settings = f"--root={tmp_path.as_uri()}", {"method": method}
+@pytest.mark.parametrize("variant", [{"method": "r3"}, VARIANTS["at-once"]], ids=lambda variant: variant["method"])
+def test_a_run_measures_what_fsdp2s_does_and_resumes_to_the_same_bytes(variant: dict[str, Any], tmp_path: Path) -> None:
+    root, settings = f"--root={tmp_path.as_uri()}", variant | {"evaluation.samples_of": "{}"}
     straight = megatron_json("run", "--run-id=straight", root, "--iterations=2", settings=SETTINGS | settings)
     megatron_json("run", "--run-id=resumed", root, "--iterations=1", settings=SETTINGS | settings)
     resumed = megatron_json("resume", "resumed", root, "--allow-config-change=iterations", settings={"iterations": 2})
     assert measured(resumed) == measured(straight)
     assert trained(tmp_path, "resumed") == trained(tmp_path, "straight")
+    predicted = ["predictor/merge_fidelity" in one for one in measured(straight)]
+    assert predicted == [False, variant["method"] == "pr2"]
 
     fsdp2 = run_json("run", "--run-id=fsdp2", root, "--iterations=2", settings=EXACT | settings)
     for ours, theirs in zip(measured(straight), measured(fsdp2), strict=True):
