@@ -22,12 +22,14 @@ test-slow: $(READY)
 test-browser: $(READY)
 	$(BIN)/python -m pytest tests/browser -m browser
 
-# Megatron-Core in a folder of its own: installed beside verl, it makes each import of verl some 2 s longer.
+# Megatron-Core and its bridge in a folder of their own: beside verl they make each import of it some 2 s longer.
 MEGATRON := $(VENV)/megatron
 test-megatron: $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(MEGATRON) --no-deps \
-		--constraints infra/constraints.txt megatron-core
-	PYTHONPATH=$(MEGATRON) $(BIN)/python -m pytest tests/engines/test_megatron_replay.py
+		--constraints infra/constraints.txt megatron-core mbridge
+	PYTHONPATH=$(MEGATRON) $(BIN)/python -m pytest -m "slow or not slow" \
+		tests/engines/test_megatron_replay.py tests/engines/test_megatron_engine.py \
+		tests/engines/test_megatron_ranks.py tests/flow/test_megatron_run.py
 
 # Seconds to a minute a kill; KILLS=100 is the long version.
 KILLS ?= 30

@@ -9,6 +9,7 @@ import json
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from moe_replay.alarm import AlarmConfig, actions_for
+from moe_replay.megatron_limits import require_megatron_does
 from moe_replay.methods import DEFAULT_PRESET, Method
 from moe_replay.sections import (
     DataConfig,
@@ -108,6 +109,19 @@ class RunConfig(Config):
                 "training.attention = 'flash_attention_2' computes in bfloat16, and training.dtype = "
                 f"{self.training.dtype!r}; change one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_does_what_is_asked(self) -> "RunConfig":
+        if self.training.engine == "megatron":
+            require_megatron_does(self.method, self.rollout, self.training, self.resources)
+            return self
+        for key in ("training_expert_parallel_size", "training_pipeline_parallel_size"):
+            if (ranks := getattr(self.resources, key)) > 1:
+                raise ValueError(
+                    f"resources.{key} = {ranks} is for training.engine = 'megatron', and it is 'fsdp2', which shards "
+                    "weights instead; set one of the two"
+                )
         return self
 
     @model_validator(mode="after")

@@ -115,6 +115,10 @@ def run_with_inputs(config: RunConfig, run_id: str, progress: Progress, forked_f
         from moe_replay.engines.verl_settings import require_attention
 
         require_attention(config.training)
+    if config.training.engine == "megatron":
+        from moe_replay.engines.megatron_settings import require_trainable
+
+        require_trainable(run.model, config.resources)
     if (devices := config.resources.rollout_tensor_parallel_size) > 1:
         _require_heads_for(run, devices)
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:

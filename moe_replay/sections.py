@@ -86,6 +86,9 @@ class RolloutConfig(Config):
 class TrainingConfig(Config):
     """How verl updates the policy."""
 
+    engine: Literal["fsdp2", "megatron"] = "fsdp2"
+    """verl's training engine. `megatron` takes a GPU, the extra `megatron`, Transformer Engine and a Qwen3-MoE model,
+    and has not been run on a GPU yet (docs/distributed.md)."""
     mini_steps: PositiveInt = 4
     """κ: optimizer steps per rollout batch, each on prompts * responses / κ sequences."""
     learning_rate: PositiveFloat = 1e-4
@@ -105,11 +108,13 @@ class TrainingConfig(Config):
     """Recompute activations in backward instead of keeping them."""
     packing: bool = False
     """Put the sequences of a micro-batch end to end instead of padding them to the longest: no row is computed in vain.
-    Where attention is `sdpa` its mask takes micro_batch_tokens² bytes, so this is for `flash_attention_2`."""
+    Where attention is `sdpa` its mask takes micro_batch_tokens² bytes, so this is for `flash_attention_2`, and for
+    `megatron`, which takes packed sequences alone and brings its own attention."""
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
     """Implementation of attention; `flash_attention_2` takes a GPU, bfloat16 and the package flash-attn."""
     dtype: Dtype = "float32"
-    """Precision of the trainer's forward and backward; weights and optimizer stay float32."""
+    """Precision of the trainer's forward and backward; weights and optimizer stay float32, but under `megatron`, which
+    gives away bfloat16 weights and keeps their float32 originals with the optimizer's state."""
     lora: LoraConfig = LoraConfig()
 
 
@@ -122,6 +127,11 @@ class ResourcesConfig(Config):
     training_sequence_parallel_size: PositiveInt = 1
     """Ranks that share out the tokens of one micro-batch, and the heads of its attention (DeepSpeed-Ulysses,
     arXiv 2309.14509), so that longer sequences fit; must divide training_world_size and needs training.packing."""
+    training_expert_parallel_size: PositiveInt = 1
+    """Ranks that share out the experts of each layer, each with sequences of its own, under `megatron`."""
+    training_pipeline_parallel_size: PositiveInt = 1
+    """Ranks that share out the layers of the model, all with the same sequences, under `megatron`. Times
+    training_expert_parallel_size it must divide training_world_size."""
     rollout_replicas: PositiveInt = 1
     """vLLM engines that take shares (rollout.share) of rollout and evaluation as they are free; more than one run under
     Ray, like ranks of training."""
@@ -139,12 +149,18 @@ class ResourcesConfig(Config):
                 f"training_sequence_parallel_size = {sharing} does not divide training_world_size = {ranks}; "
                 "change one of the two"
             )
+        experts, stages = self.training_expert_parallel_size, self.training_pipeline_parallel_size
+        if ranks % (experts * stages):
+            raise ValueError(
+                f"training_expert_parallel_size * training_pipeline_parallel_size = {experts} * {stages} does not "
+                f"divide training_world_size = {ranks}; change one of the three"
+            )
         return self
 
     @property
     def training_shares(self) -> int:
         """Parts that each mini-batch of training is cut into, each for one rank or for those that share sequences."""
-        return self.training_world_size // self.training_sequence_parallel_size
+        return self.training_world_size // self.training_sequence_parallel_size // self.training_pipeline_parallel_size
 
 
 class EvolutionConfig(Config):

@@ -98,6 +98,48 @@ def test_flash_attention_computes_in_bfloat16():
         parse_config({"training": {"attention": "flash_attention_2"}})
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"training.packing": False}, r"takes packed micro-batches alone; set training\.packing = true"),
+        ({"training.lora.rank": 4}, r"training\.lora\.rank = 4 asks for adapters; set it to 0"),
+        ({"training.attention": "flash_attention_2", "training.dtype": "bfloat16"}, "has attention of its own"),
+        (
+            {"resources.training_world_size": 2, "resources.training_sequence_parallel_size": 2},
+            r"training_sequence_parallel_size = 2; set it to 1",
+        ),
+        ({"resources.colocated": True}, r"resources\.colocated = true asks; set that to false"),
+        ({"method": "pr2", "method.route_source": "old_log_prob"}, "as the old pass of pr2.*; take pr2"),
+        ({"rollout.partial_response_tokens": 4, "rollout.oversampled_prompts": 4}, "which r3 replays; set it to none"),
+    ],
+    ids=str,
+)
+def test_what_the_megatron_engine_has_nothing_for_is_refused(settings, told):
+    megatron = {"training.engine": "megatron", "training.packing": True}
+    with pytest.raises(ConfigError, match=rf"engine = 'megatron' .*{told}.*, or set training\.engine = 'fsdp2'"):
+        load_config(None, megatron | settings)
+    if "training.packing" not in settings:
+        load_config(None, {"training.packing": True, **settings})
+    assert load_config(None, megatron).training.engine == "megatron"
+
+
+@pytest.mark.parametrize("key", ["training_expert_parallel_size", "training_pipeline_parallel_size"])
+def test_experts_and_layers_are_shared_out_by_megatron_alone(key):
+    ranks = {"resources.training_world_size": 2, f"resources.{key}": 2}
+    with pytest.raises(ConfigError, match=rf"resources\.{key} = 2 is for training\.engine = 'megatron'"):
+        load_config(None, ranks)
+    megatron = {"training.engine": "megatron", "training.packing": True}
+    shares = load_config(None, megatron | ranks).resources.training_shares
+    assert shares == (2 if "expert" in key else 1)
+    with pytest.raises(ConfigError, match=r"does not divide training_world_size = 2; change one of the three"):
+        load_config(None, megatron | ranks | {f"resources.{key}": 4})
+
+
+def test_rows_without_routes_that_nothing_replays_are_the_megatron_engines_too():
+    partial = {"rollout.partial_response_tokens": 4, "rollout.oversampled_prompts": 4, "method": "r2"}
+    assert load_config(None, {"training.engine": "megatron", "training.packing": True, **partial})
+
+
 @pytest.mark.parametrize("key", ["rollout.share", "alarm.kl_k3", "rollout.partial_response_tokens"])
 def test_a_key_that_may_be_left_out_is_unset_by_a_word(key):
     section, _, name = key.partition(".")

@@ -22,7 +22,7 @@ from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from moe_replay.archive.layout import MODEL_FOLDER
 from moe_replay.engines.adapters import ADAPTERS_FOLDER, is_adapted, merged_weights, read_adapters, write_adapters
 from moe_replay.engines.tensor_files import read_tensors, write_tensors
-from moe_replay.errors import ArchiveCorrupt
+from moe_replay.errors import ArchiveCorrupt, ConfigError
 
 OPTIMIZER_FOLDER = "optimizer"
 _SCALARS = "scalars.json"
@@ -71,12 +71,18 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
 
         Raises:
             ArchiveCorrupt: the state is not that of this model's parameters.
-            ConfigError: adapters were trained under other settings, or where now there are none.
+            ConfigError: adapters were trained under other settings, or where now there are none; or the checkpoint was
+                trained by the Megatron engine.
         """
         read_adapters(Path(local_path) / ADAPTERS_FOLDER, self.model, reads=self.rank == 0)
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
         base_lrs = self.lr_scheduler.base_lrs
         folder = Path(local_path) / OPTIMIZER_FOLDER
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{local_path} holds no optimizer state of training.engine = 'fsdp2': it was trained by 'megatron'; go "
+                "on with that, or start a new run from its weights (huggingface/)"
+            )
         scalars = json.loads((folder / _SCALARS).read_text())
         # The first rank alone reads the moments, and hands each of the others its shard.
         state = _read_state(folder, scalars["param_groups"]) if self.rank == 0 else {}

@@ -1,12 +1,10 @@
 """Routes for verl's Megatron engine, which replays them by itself, and what its routers tell of a forward pass.
 
-verl's engine takes routes as the field `routed_experts` of a batch, in its mode `R3`; it finds the routers of its
-pipeline stage, deals out their layers and rows, and leaves the last row of each sequence to them, whose log-prob nobody
-asks for. Other rows it cannot leave out. What it does not keep is what predictors are fitted from and replay is judged
-by: hidden states, logits and the live choice. `MegatronRouters` reads them off the routers, with the checks of
-`moe_replay.routing.observation`.
-
-No run is trained by this yet; docs/distributed.md says what was tried. Needs the extra `megatron`.
+verl's engine takes routes as the field `routed_experts` of a batch, in its mode `R3`, whichever pass they are of; it
+finds the routers of its pipeline stage, deals out their layers and rows, and leaves the last row of each sequence to
+them, whose log-prob nobody asks for. Other rows it cannot leave out. What it does not keep is what predictors are
+fitted from and replay is judged by: hidden states, logits and the live choice. `MegatronRouters` reads them off the
+routers, with the checks of `moe_replay.routing.observation`. Needs the extra `megatron`.
 
 Shapes: T tokens of a sequence, R rows that reach a router of this rank in one forward, S of them watched, L MoE layers,
 K experts per token, E experts, H hidden size.
@@ -19,45 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from moe_replay.errors import ConfigError, RoutingMismatch
-from moe_replay.methods import Method
 from moe_replay.routing.observation import Observer, RouterFeatures, require_no_strays, strays
 from moe_replay.routing.row_routes import RowRoutes
 from moe_replay.routing.selection import LogitCall, in_backward
-from moe_replay.routing.trace import RoutingTrace
 
 
-def replay_mode(method: Method) -> str:
-    """`router_replay.mode` of verl's engine: `R3` for given routes, whichever pass they are of."""
-    return "disabled" if method.route_source == "none" else "R3"
+def require_whole_routes(routes: Tensor) -> None:
+    """Refuse routes, nested by sequence [tokens, L, K], that lack a row before the last: -1 is no expert of verl's.
 
-
-def engine_fields(traces: Sequence[RoutingTrace], config: Any) -> dict[str, Tensor]:
-    """The fields by which verl's Megatron engine replays these routes, one trace a sequence.
-
-    `routed_experts` is nested by sequence, int32 [T, L, K], or [T - 1, L, K] where the last row is missing. Its layers
-    are the MoE layers alone: a row for a dense layer would have to be made up.
-
-    Args:
-        traces: routes of all MoE layers of the model, whatever the pipeline stage.
-        config: Megatron-Core's `TransformerConfig` of the model.
-
-    Raises:
-        RoutingMismatch: routes of another model, or with a row missing before the last, which verl would replay as if
-            every layer had sent the token to expert 0.
+    Raises RoutingMismatch.
     """
-    layers = moe_layers(config)
-    rows = []
-    for number, trace in enumerate(traces):
-        trace.require_model(config.num_moe_experts, config.moe_router_topk, layers, f"the trace of sequence {number}")
-        given = int(trace.valid_T.sum())
-        if given < trace.num_tokens - 1 or not trace.valid_T[:given].all():
+    for number, ids_TLK in enumerate(routes.unbind()):
+        given_T = (ids_TLK >= 0).all(-1).all(-1)
+        if not given_T[:-1].all():
             raise RoutingMismatch(
                 f"verl's Megatron engine replays every row of a sequence but the last, and sequence {number} has "
-                f"routes of {given} of its {trace.num_tokens} rows: sample it again whole, or train it with the FSDP2 "
-                "engine, which routes such rows live"
+                f"routes of {int(given_T.sum())} of its {len(given_T)} rows: sample it again whole, or train it with "
+                "training.engine = 'fsdp2', which routes such rows live"
             )
-        rows.append(torch.from_numpy(trace.ids_TLK[:given].astype("int32")))
-    return {"routed_experts": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}
 
 
 def moe_layers(config: Any, pp_rank: int | None = None, vp_stage: int | None = None) -> tuple[int, ...]:
@@ -86,6 +63,12 @@ class MegatronRouters:
 
     layers: tuple[int, ...]
     """Decoder layer index of each MoE layer that is here, ascending; length L."""
+    num_experts: int
+    """E, of every router here."""
+    top_k: int
+    """K, experts per token."""
+    hidden_size: int
+    """H, of what the routers get."""
 
     def __init__(self, chunks: Sequence[nn.Module]):
         self._routers = dict(sorted(_routers(chunks)))
@@ -95,6 +78,9 @@ class MegatronRouters:
                 f"routers are watched where they can be replayed, and of {len(self._routers)} here some can't or there "
                 f"are none: build the model after verl's apply_router_replay_patch with moe_enable_routing_replay=True"
             )
+        router = next(iter(self._routers.values()))
+        self.num_experts, self.hidden_size = router.weight.shape
+        self.top_k = router.topk
         self._observer = Observer()
         self._calls: dict[int, LogitCall] = {}
         self._live: dict[int, Tensor] = {}
@@ -121,8 +107,7 @@ class MegatronRouters:
 
         Raises RoutingMismatch if shapes, id range or distinctness within a row do not fit the model.
         """
-        router = next(iter(self._routers.values()))
-        self._observer.reference = RowRoutes(ids_RLK, present_R, router.num_experts, router.topk, self.layers)
+        self._observer.reference = RowRoutes(ids_RLK, present_R, self.num_experts, self.top_k, self.layers)
 
     def forget(self) -> None:
         """Keep nothing but choices in the forward passes that follow."""

@@ -84,14 +84,20 @@ class RayRanks:
         import ray
         from verl.utils import tensordict_utils as tu
 
-        shares, sharing = self._resources.training_shares, self._resources.training_sequence_parallel_size
+        shares = self._resources.training_shares
         order = self._balanced(batch, shares)
         ordered = tu.index_select_tensor_dict(batch, order)
         tu.assign_non_tensor(ordered, compute_loss=False)
         parts = [ray.put(part) for part in tu.chunk_tensordict(ordered, shares)]
-        # Ranks are numbered share by share, as verl's mesh has them.
-        answers = self._answers(self._group.execute_all_async(method, [one for one in parts for _ in range(sharing)]))
-        output: Any = tu.concat_tensordict(answers[::sharing])
+        sharing, stages = (
+            self._resources.training_sequence_parallel_size,
+            self._resources.training_pipeline_parallel_size,
+        )
+        # Ranks are numbered share by share, as verl's mesh has them, or stage by stage, as Megatron has them; it is the
+        # first rank of a share that tells, and the last stage.
+        of_a_stage = [one for one in parts for _ in range(sharing)]
+        answers = self._answers(self._group.execute_all_async(method, of_a_stage * stages))
+        output: Any = tu.concat_tensordict(answers[-len(of_a_stage) :: sharing])
         metrics: Any = tu.pop(output, "metrics")
         places = sorted(range(len(order)), key=order.__getitem__)
         restored: Any = tu.index_select_tensor_dict(output, places)

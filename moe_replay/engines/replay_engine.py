@@ -18,10 +18,7 @@ the routers' own choice; `coverage_gap` [B, tokens, L] with a reference; `router
 was routed, with a predictor.
 """
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,25 +28,18 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-from verl.workers.utils.losses import ppo_loss
 
 from moe_replay.engines.adapters import reproducible_start, train_routers
 from moe_replay.engines.checkpoint import SafetensorsCheckpointManager
-from moe_replay.engines.ranks import RouterShape
+from moe_replay.engines.observed_passes import MODEL_TYPE, ObservedPasses, row_routes
 from moe_replay.engines.row_layout import PackedRows, PaddedRows, RowLayout
-from moe_replay.engines.verl_settings import actor_config
 from moe_replay.routing.routers import Routers
-
-MODEL_TYPE = "replayed_language_model"
-NO_ROUTE = -1
-"""Fills the rows of `routed_experts` that have no route; they are routed live."""
-
 
 _FSDPEngine: Any = FSDPEngineWithLMHead  # verl's registering decorator hides its class from type checkers
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cpu", "cuda", "npu"])
-class ReplayEngine(_FSDPEngine):
+class ReplayEngine(ObservedPasses, _FSDPEngine):
     """Replays or predicts experts where the batch says so, else routes live; records the live choice always."""
 
     module: Any
@@ -81,47 +71,6 @@ class ReplayEngine(_FSDPEngine):
             train_routers(module)
         return module
 
-    def release(self) -> None:
-        """Let go of model and optimizer, so that others can be built in their room."""
-        if routers := self.__dict__.pop("routers", None):  # none before the first model
-            routers.remove()  # they hold the decoder
-        self.module = self.optimizer = self.lr_scheduler = self.checkpoint_manager = None
-        gc.collect()
-
-    @property
-    def router_shape(self) -> RouterShape:
-        """Of the model that was built."""
-        routers = self.routers
-        return RouterShape(routers.num_experts, routers.top_k, routers.layers, routers.hidden_size)
-
-    def score(self, batch: TensorDict) -> Any:
-        """verl's output of a pass without gradient."""
-        with self.eval_mode():
-            return self.infer_batch(batch)
-
-    def step(self, batch: TensorDict) -> Any:
-        """verl's output of one optimizer step, seen before the weights changed."""
-        method: Any = tu.get_non_tensor_data(batch, "method", None)
-        factor: Any = tu.get_non_tensor_data(batch, "lr_factor", 1.0)
-        sequences: Any = tu.get_non_tensor_data(batch, "global_batch_size", None)
-        with self.train_mode():
-            with self._scaled_learning_rate(factor):
-                output = self.train_batch(batch, partial(ppo_loss, actor_config(method, sequences)))
-            self.lr_scheduler_step()
-        return output
-
-    @contextmanager
-    def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
-        groups = self.optimizer.param_groups
-        scheduled = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] *= factor
-        try:
-            yield
-        finally:
-            for group, learning_rate in zip(groups, scheduled, strict=True):
-                group["lr"] = learning_rate
-
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         """As verl's; targets outlive each forward, since recompute meets them again in backward, but not the batch."""
         try:
@@ -150,46 +99,15 @@ class ReplayEngine(_FSDPEngine):
         if predictor is not None:
             self.routers.predict(predictor, rows.real_R.to(get_device_id()))
         elif "routed_experts" in micro_batch.keys():  # noqa: SIM118 (a TensorDict is no dict)
-            self.routers.replay(*_row_routes(micro_batch["routed_experts"], rows))
+            self.routers.replay(*row_routes(micro_batch["routed_experts"], rows))
         else:
             self.routers.route_live()
 
-    def _observe(self, micro_batch: TensorDict, rows: RowLayout) -> None:
-        given = micro_batch.keys()
-        self.routers.forget()
-        if "reference_experts" in given:
-            self.routers.compare(*_row_routes(micro_batch["reference_experts"], rows))
-        elif "routed_experts" in given:
-            self.routers.compare()
-        if "sampled_rows" in given:
-            sampled: Any = micro_batch["sampled_rows"]
-            self.routers.watch(rows.to_rows(sampled.values(), False).nonzero()[:, 0].to(get_device_id()))
+    def _compare_with_replayed(self, micro_batch: TensorDict, rows: RowLayout) -> None:
+        self.routers.compare()  # they hold the routes already
 
-    def _seen(self, micro_batch: TensorDict, rows: RowLayout) -> dict[str, Tensor]:
-        """What the routers saw of the tokens, nested by sequence."""
-        given = micro_batch.keys()
-        input_ids: Any = micro_batch["input_ids"]
-        seen = {"live_experts": self.routers.live_RLK.to(torch.int32)}
-        if "gate_predictor" in given:
+    def _seen_of_rows(self, micro_batch: TensorDict) -> dict[str, Tensor]:
+        seen = super()._seen_of_rows(micro_batch)
+        if "gate_predictor" in micro_batch.keys():  # noqa: SIM118 (a TensorDict is no dict)
             seen["predicted_experts"] = self.routers.routed_RLK.to(torch.int32)
-        if "reference_experts" in given or "routed_experts" in given:
-            seen["coverage_gap"] = self.routers.coverage_gap_RL
-        by_sequence = {name: _nested(rows.to_tokens(values), input_ids.offsets()) for name, values in seen.items()}
-        if "sampled_rows" in given:
-            sampled: Any = micro_batch["sampled_rows"]
-            features = self.routers.features
-            counts = torch.tensor([0, *(int(flags.sum()) for flags in sampled.unbind())])
-            for name, values in (("router_hidden", features.hidden_SLH), ("router_logits", features.logits_SLE)):
-                watched = rows.watched_to_tokens(values, sampled.values())
-                by_sequence[name] = _nested(watched.cpu(), counts.cumsum(0))
-        return by_sequence
-
-
-def _nested(values: Tensor, offsets: Tensor) -> Tensor:
-    return torch.nested.nested_tensor_from_jagged(values, offsets.to(values.device))
-
-
-def _row_routes(nested: Any, rows: RowLayout) -> tuple[Tensor, Tensor]:
-    """int64 ids [R, L, K] and, per row, whether it has a route: padding and rows of `NO_ROUTE` have none."""
-    ids_RLK = rows.to_rows(nested.values().to(torch.int64), NO_ROUTE).to(get_device_id())
-    return ids_RLK.clamp_min(0), (ids_RLK != NO_ROUTE).all(-1).all(-1)
+        return seen

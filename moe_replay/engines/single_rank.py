@@ -15,7 +15,7 @@ from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 
 class SingleRank:
-    """verl's FSDP2 engine in this process (a `moe_replay.engines.ranks.Ranks`)."""
+    """verl's engine in this process (a `moe_replay.engines.ranks.Ranks`)."""
 
     def __init__(self, training: TrainingConfig, resources: ResourcesConfig):
         if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """Named tensors in one folder, as safetensors files of bounded size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
@@ -19,11 +19,11 @@ def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
         save_torch_state_dict(alone, folder, filename_pattern=pattern, max_shard_size=_SHARD_SIZE)
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of all safetensors files in a folder, one at a time."""
+def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all safetensors files in a folder whose name is wanted, one at a time."""
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+            for key in filter(wanted, file.keys()):
                 yield key, file.get_tensor(key)
 
 

@@ -52,7 +52,7 @@ class Pass:
 
 
 class TrainingEngine:
-    """verl's FSDP2 engine around one model, on one rank or more, with the replay of `replay_engine`."""
+    """verl's engine around one model, on one rank or more, with the replay of `replay_engine` or `megatron_engine`."""
 
     def __init__(
         self,

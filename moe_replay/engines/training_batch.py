@@ -134,7 +134,7 @@ def _require_tokens(number: int, trace: RoutingTrace, sequence: TokenSequence) -
 
 def _with_gaps(traces: Sequence[RoutingTrace]) -> Tensor:
     """Traces as verl's `routed_experts`: int32 [N, T, L, K], nested by sequence, -1 where there is no route."""
-    from moe_replay.engines.replay_engine import NO_ROUTE
+    from moe_replay.engines.observed_passes import NO_ROUTE
 
     ids_TLK = np.concatenate([trace.ids_TLK for trace in traces], dtype=np.int32)
     ids_TLK[~np.concatenate([trace.valid_T for trace in traces])] = NO_ROUTE

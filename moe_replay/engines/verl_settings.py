@@ -17,41 +17,62 @@ _FOREVER = 1 << 30
 def worker_config(model: Path, training: TrainingConfig, resources: ResourcesConfig) -> Any:
     """verl's `TrainingWorkerConfig` of the replaying engine around the Hugging Face model in the folder `model`.
 
-    Raises ConfigError when the attention asked for is not installed, and as `adapter_settings`.
+    Raises ConfigError when the attention, or engine, asked for is not installed, and as `adapter_settings`.
     """
     from verl.trainer.config import CheckpointConfig
-    from verl.utils.device import get_device_name
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, TrainingWorkerConfig
+    from verl.workers.config import TrainingWorkerConfig
 
-    from moe_replay.engines.replay_engine import MODEL_TYPE
+    from moe_replay.engines.observed_passes import MODEL_TYPE
 
-    offload = resources.colocated and get_device_name() != "cpu"
+    is_megatron = training.engine == "megatron"
+    engine, optimizer = _megatron(model, training, resources) if is_megatron else _fsdp2(training, resources)
     return TrainingWorkerConfig(
         model_type=MODEL_TYPE,
         model_config=model_config(model, training, resources),
-        engine_config=FSDPEngineConfig(
-            strategy="fsdp2",
-            model_dtype="fp32",
-            mixed_precision={
-                "param_dtype": {"float32": "fp32", "bfloat16": "bf16"}[training.dtype],
-                "reduce_dtype": "fp32",
-                "buffer_dtype": "fp32",
-            },
-            ulysses_sequence_parallel_size=resources.training_sequence_parallel_size,
-            use_torch_compile=False,
-            param_offload=offload,
-            optimizer_offload=offload,
-        ),
-        optimizer_config=FSDPOptimizerConfig(
-            lr=training.learning_rate,
-            lr_warmup_steps=training.warmup_steps,
-            total_training_steps=_FOREVER,  # the schedule is constant after the warm-up and never ends
-            betas=training.adam_betas,
-            weight_decay=training.weight_decay,
-            clip_grad=training.max_grad_norm,
-        ),
+        engine_config=engine,
+        optimizer_config=optimizer,
         checkpoint_config=CheckpointConfig(save_contents=[], load_contents=[]),
     )
+
+
+def _megatron(model: Path, training: TrainingConfig, resources: ResourcesConfig) -> tuple[Any, Any]:
+    from moe_replay.engines import megatron_settings
+
+    megatron_settings.require_megatron_here()
+    megatron_settings.require_bridgeable(model, resources)
+    from moe_replay.engines import megatron_engine  # noqa: F401 (registers it, and needs the extra `megatron`)
+
+    engine = megatron_settings.engine_config(model, training, resources)
+    return engine, megatron_settings.optimizer_config(training, _FOREVER)
+
+
+def _fsdp2(training: TrainingConfig, resources: ResourcesConfig) -> tuple[Any, Any]:
+    from verl.utils.device import get_device_name
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
+
+    offload = resources.colocated and get_device_name() != "cpu"
+    engine = FSDPEngineConfig(
+        strategy="fsdp2",
+        model_dtype="fp32",
+        mixed_precision={
+            "param_dtype": {"float32": "fp32", "bfloat16": "bf16"}[training.dtype],
+            "reduce_dtype": "fp32",
+            "buffer_dtype": "fp32",
+        },
+        ulysses_sequence_parallel_size=resources.training_sequence_parallel_size,
+        use_torch_compile=False,
+        param_offload=offload,
+        optimizer_offload=offload,
+    )
+    optimizer = FSDPOptimizerConfig(
+        lr=training.learning_rate,
+        lr_warmup_steps=training.warmup_steps,
+        total_training_steps=_FOREVER,  # the schedule is constant after the warm-up and never ends
+        betas=training.adam_betas,
+        weight_decay=training.weight_decay,
+        clip_grad=training.max_grad_norm,
+    )
+    return engine, optimizer
 
 
 def model_config(model: Path, training: TrainingConfig, resources: ResourcesConfig) -> Any:

@@ -86,9 +86,9 @@ def train_replayed(
     if engine.micro_batch_tokens != run.config.training.micro_batch_tokens:
         # Memory did not do for the config's: sums are rounded otherwise than in a run where it does.
         attributes["micro_batch_tokens"] = engine.micro_batch_tokens
-    for key in ("training_world_size", "training_sequence_parallel_size"):
-        if (ranks := getattr(run.config.resources, key)) > 1:
-            attributes[key] = ranks  # which rounds sums otherwise too
+    for key in ("world_size", "sequence_parallel_size", "expert_parallel_size", "pipeline_parallel_size"):
+        if (ranks := getattr(run.config.resources, f"training_{key}")) > 1:
+            attributes[f"training_{key}"] = ranks  # which rounds sums otherwise too
     ref = writer.commit(metrics=metrics, attributes=attributes)
     engine.weights = ref.sha256
     return ref

@@ -15,7 +15,7 @@ from moe_replay.analysis.sizing import Workload, size_iteration
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.evolution import EvolutionArchive, array_shapes
 from moe_replay.data.prompts import Prompt
-from moe_replay.engines.replay_engine import NO_ROUTE
+from moe_replay.engines.observed_passes import NO_ROUTE
 from moe_replay.engines.rollout import Response
 from moe_replay.engines.row_layout import PaddedRows
 from moe_replay.engines.training_batch import PassRoutes, TokenSequence

@@ -45,9 +45,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_random(folder: Path, family: str) -> Path:
+def write_random(folder: Path, family: str, **settings: Any) -> Path:
     """A random fp32 model with the embedded tokenizer and weights large enough that routes matter."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **_CONFIGS[family]})
+    config = AutoConfig.for_model(family, **{**_COMMON, **_CONFIGS[family], **settings})
     model: Any = AutoModelForCausalLM.from_config(config)
     torch.manual_seed(0)
     for parameter in model.parameters():

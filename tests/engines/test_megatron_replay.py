@@ -21,10 +21,10 @@ pytest.importorskip("megatron.core")
 from predictors import write_predictor
 from safetensors.torch import save_file
 
-from moe_replay.config_reading import load_config
 from moe_replay.engines.gates import digest_gates
-from moe_replay.engines.megatron_replay import MegatronRouters, engine_fields, moe_layers, replay_mode
+from moe_replay.engines.megatron_replay import MegatronRouters, moe_layers, require_whole_routes
 from moe_replay.engines.merged_gates import MergedGates
+from moe_replay.engines.training_batch import PassRoutes, TokenSequence
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.routing.predictor import EvolutionPredictor
 from moe_replay.routing.trace import RoutingTrace
@@ -106,13 +106,19 @@ def hidden(layers: tuple[int, ...] = LAYERS) -> Tensor:
     return torch.randn(len(layers), sum(LENGTHS), H, generator=torch.Generator().manual_seed(1))
 
 
+def routed_experts(routes: list[RoutingTrace]) -> Tensor:
+    """The field of a batch."""
+    sequences = [TokenSequence(torch.zeros(1), torch.zeros(trace.num_tokens - 1)) for trace in routes]
+    return PassRoutes(routes).fields(sequences, E, K, LAYERS)["routed_experts"]
+
+
 def replay(verl_utils: Any, stage: Stage, config: Any, routes: list[RoutingTrace]) -> None:
     """What verl's engine does with the fields of a micro-batch."""
     from verl.utils.megatron.router_replay_patch import RouterReplayAction
 
     tokens = torch.nested.as_nested_tensor([torch.zeros(n, dtype=torch.int64) for n in LENGTHS], layout=torch.jagged)
     response = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    ids = verl_utils.align_r3_router_replay_data(engine_fields(routes, config)["routed_experts"], tokens)
+    ids = verl_utils.align_r3_router_replay_data(routed_experts(routes), tokens)
     mask = verl_utils.build_r3_replay_mask(tokens, response)
     verl_utils.set_router_replay_data(ids, None, config, replay_mask=mask, model=stage)
     verl_utils.set_model_router_replay_action(stage, RouterReplayAction.REPLAY_FORWARD)
@@ -232,19 +238,15 @@ def test_recompute_is_not_watched_and_a_forward_that_was_cut_tells_nothing(megat
         _ = routers.live_RLK
 
 
-def test_routes_of_another_model_and_gaps_that_verl_would_fill_are_refused(megatron):
-    config, routes = config_of(), traces()
-    with pytest.raises(
-        RoutingMismatch, match=r"the trace of sequence 0 has .*\(8, 2, \(1, 2, 3\)\), expected \(8, 2, \(0, 1"
-    ):
-        engine_fields(routes, config_of(moe_layer_freq=1))
-    with pytest.raises(RoutingMismatch, match=r"expected \(8, 3,"):
-        engine_fields(routes, config_of(moe_router_topk=3))
+def test_gaps_that_verl_would_fill_are_refused(megatron):
+    routes = traces()
+    require_whole_routes(routed_experts(routes))
+    require_whole_routes(routed_experts(traces(last_missing=False)))
     valid_T = np.array([True, False, True, True, True])
     ids_TLK = traces(last_missing=False)[0].ids_TLK * valid_T[:, None, None]
     gap = RoutingTrace(ids_TLK.astype("uint8"), valid_T, E, LAYERS)
-    with pytest.raises(RoutingMismatch, match=r"sequence 1 has routes of 4 of its 5 rows.*FSDP2"):
-        engine_fields([routes[1], gap], config)
+    with pytest.raises(RoutingMismatch, match=r"sequence 1 has routes of 4 of its 5 rows.*'fsdp2'"):
+        require_whole_routes(routed_experts([routes[1], gap]))
 
 
 @pytest.mark.parametrize(
@@ -270,11 +272,6 @@ def test_layers_of_virtual_stages(megatron):
         [(0,), (2,)],
         [(1,), (3,)],
     ]
-
-
-def test_a_method_without_routes_disables_replay():
-    modes = {name: replay_mode(load_config(None, {"method": name}).method) for name in ("grpo", "r2", "r3", "pr2")}
-    assert modes == {"grpo": "disabled", "r2": "R3", "r3": "R3", "pr2": "R3"}
 
 
 def test_a_predictor_is_merged_into_the_gates_that_megatron_routers_export(megatron, tmp_path: Path):

@@ -55,6 +55,7 @@ def test_a_root_is_no_part_of_what_run_json_says(config, tmp_path):
     ("change", "told"),
     [
         ({"training__attention": "flash_attention_2", "training__dtype": "bfloat16"}, r"takes a GPU and the package"),
+        ({"training__engine": "megatron", "training__packing": True}, r"'megatron' takes .*which this machine has not"),
         ({"resources__rollout_tensor_parallel_size": 3}, r"rollout_tensor_parallel_size = 3 .* has 32; .* 1, 2, 4"),
     ],
 )
