@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event
 
 from prefect import get_run_logger
 from prefect.futures import PrefectFuture
@@ -27,8 +28,11 @@ def beside(run: Run, submit: Submit | None) -> Iterator[PrefectFuture[ArtifactRe
     if submit is None:
         yield None
         return
+    ended = Event()
     try:
         stage = submit()
+        # To ask Prefect whether it has ended is a request to its server, which may fail.
+        stage.add_done_callback(lambda _: ended.set())
         try:
             yield stage
         except LeaseLost:
@@ -36,7 +40,8 @@ def beside(run: Run, submit: Submit | None) -> Iterator[PrefectFuture[ArtifactRe
             raise
         except Exception as error:
             raise_lost_interrupt()
-            get_run_logger().error("%s: %s; the stage beside it is waited for", type(error).__name__, error)
+            if not ended.is_set():
+                get_run_logger().error("%s: %s; the stage beside it is waited for", type(error).__name__, error)
             stage.wait()
             raise
         stage.result()

@@ -12,6 +12,7 @@ from flows.stability import train_watched
 from flows.telling import Telling
 from moe_replay.archive.commits import ArtifactRef
 from moe_replay.config import RunConfig
+from moe_replay.interrupts import raise_lost_interrupt
 from moe_replay.stages.decisions import is_skipped
 from moe_replay.stages.run import Run
 from tasks.dashboard import refreshing_dashboard
@@ -104,6 +105,8 @@ def iterate(run: Run, n: int, before: Learned, begun: PrefectFuture[ArtifactRef]
     # The pass whose routes are replayed is the one that is predicted.
     at_old_pass = before.predictor if method.route_source == "old_log_prob" else None
 
+    # What was dropped since the rollout was begun would be met after it.
+    raise_lost_interrupt()
     rollout = begun.result() if begun else before.rollout
     assert rollout is not None
     carried = rollout if config.rollout.partial_response_tokens else None

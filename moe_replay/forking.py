@@ -80,6 +80,7 @@ def left_behind(source: RunStore, config: RunConfig) -> LeftBehind | None:
 def fork_point(source: RunStore, root: str, iteration: int, config: RunConfig) -> ForkPoint:
     """What a run under `config` would go on from; raises as `fork_run`."""
     plan = RunPlan.stored(source)
+    _require_same_engine(source, plan, config)
     _require_same_adapters(source, plan, config)
     _require_trained(source, plan, iteration)
     policy = source.committed("training", iteration - 1)
@@ -106,6 +107,17 @@ def fork_point(source: RunStore, root: str, iteration: int, config: RunConfig) -
         trainings=_trainings(source, plan, iteration, config),
         lineage=(source.run_id, *(plan.forked_from.lineage if plan.forked_from else ())),
     )
+
+
+def _require_same_engine(source: RunStore, plan: RunPlan, config: RunConfig) -> None:
+    """Refuse an engine that can't take the optimizer's state of the source's checkpoints."""
+    theirs, ours = plan.config.training.engine, config.training.engine
+    if theirs != ours:
+        raise ConfigError(
+            f"a fork goes on with its source's optimizer state, which is of training.engine = {theirs!r} in run "
+            f"{source.run_id}, and this one asks for {ours!r}: leave training.engine as it is, or start a new run from "
+            "the weights (--set model.path=.../checkpoint/huggingface)"
+        )
 
 
 def _require_same_adapters(source: RunStore, plan: RunPlan, config: RunConfig) -> None:

@@ -33,8 +33,11 @@ def running_engines(run: Run, trains: bool = True) -> Iterator[EnginePool]:
 
     For a run that does not train, an engine is built when a stage first needs it.
     """
-    pool = engines_of(run)
     key = _key(run)
+    if key in _pools and _pools[key].ended and key not in _users:
+        # Kept from a run that was broken off; threads of that one must not find a fresh one before they end.
+        del _pools[key]
+    pool = engines_of(run)
     if trains and not run.is_complete():
         pool.start()
     _users.append(key)

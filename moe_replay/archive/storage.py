@@ -115,20 +115,20 @@ class Storage:
         if not created:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
-    def upload(self, local: Path, path: str) -> None:
-        """Copy a local file to an object."""
-        with storage_errors(f"writing {self.name}/{path} ({local.stat().st_size:,} bytes)", creating=True):
-            patiently(self._fs.put_file, str(local), self._at(path))
-
     def take(self, local: Path, path: str) -> None:
         """Make a local file an object; the file is gone afterwards where it could be moved, else it is copied."""
-        if self.local_folder is None:
-            self.upload(local, path)
-            return
         with storage_errors(f"writing {self.name}/{path} ({local.stat().st_size:,} bytes)", creating=True):
-            Path(self._at(path)).parent.mkdir(parents=True, exist_ok=True)
+            if self.local_folder is None:
+                patiently(self._fs.put_file, str(local), self._at(path))
+                return
+            target = Path(self._at(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Whoever reads a run's other objects reads this one too: libraries write files for their user alone.
+            mask = os.umask(0)
+            os.umask(mask)
+            local.chmod(0o666 & ~mask)
             # Between two file systems a copy.
-            shutil.move(local, self._at(path))
+            shutil.move(local, target)
 
     def download(self, path: str, local: Path) -> None:
         """Copy an object to a local file; raises FileNotFoundError when there is none."""

@@ -82,6 +82,11 @@ class EnginePool:
         if engine := self._running.pop(name, None):
             engine.stop()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it starts no engines any more."""
+        return self._ended
+
     def end(self) -> None:
         """Stop all engines for good: what they are at in other threads ends with EngineStopped, as does a later use."""
         with self._starting:

@@ -300,6 +300,17 @@ def test_a_taken_file_is_moved_on_one_file_system_and_copied_to_another(tmp_path
         assert store.open(writer.commit()).read_bytes("checkpoint/weights") == b"weights"
 
 
+def test_a_taken_file_can_be_read_by_whoever_reads_the_others(tmp_path):
+    source, store = tmp_path / "weights", RunStore(str(tmp_path / "root"), "run-1")
+    source.write_bytes(b"weights")
+    source.chmod(0o600)  # as safetensors writes
+    writer = store.begin("training", 0, {}, "d")
+    writer.write_bytes("metrics.json", b"{}")
+    writer.take_file("weights", source)
+    folder = tmp_path / "root/run-1" / writer.commit().uri
+    assert (folder / "weights").stat().st_mode == (folder / "metrics.json").stat().st_mode
+
+
 def test_a_part_of_an_artifact_is_localized_without_the_rest(tmp_path):
     store = RunStore("memory://parts", "run-1")
     artifact = store.open(commit_scores(store))

@@ -16,7 +16,7 @@ from moe_replay.engines.pool import EnginePool
 from moe_replay.engines.process import EngineProcess
 from moe_replay.errors import ConfigError, EngineStopped, LeaseLost
 from moe_replay.stages.run import DataFile, Run
-from tasks.engines import engines_of, running_engines
+from tasks.engines import engines_of, keeping_engines, running_engines
 
 MADE = ArtifactRef(uri="iterations/00001/rollout", sha256="a" * 64)
 
@@ -105,6 +105,32 @@ def test_where_the_block_fails_the_stage_ends_first_and_the_blocks_error_is_told
     with pytest.raises(ConfigError, match="the block failed"):
         go(run, stage, raising(ConfigError("the block failed")))
     assert stage.ended == "by itself"
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_stage_is_told_to_be_waited_for_where_it_is(
+    run: Run, at_work: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(run, seconds=1 if at_work else 0)
+
+    def block() -> None:
+        while not at_work and stage.ended == "not yet":
+            time.sleep(0.1)
+        time.sleep(0 if at_work else 1)
+        raise ConfigError("the block failed")
+
+    with pytest.raises(ConfigError, match="the block failed"):
+        go(run, stage, block)
+    told = [record.getMessage() for record in caplog.records if "is waited for" in record.getMessage()]
+    assert len(told) == at_work
+
+
+def test_engines_kept_from_a_run_that_was_broken_off_are_replaced(run: Run) -> None:
+    with keeping_engines():
+        with pytest.raises(LeaseLost), running_engines(run, trains=False):
+            go(run, Stage(run, seconds=600), raising(LeaseLost("taken over")))
+        with running_engines(run, trains=False):
+            assert go(run, Stage(run, seconds=0), lambda: None) == MADE
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), LeaseLost("taken over")], ids=repr)

@@ -116,7 +116,7 @@ def test_a_large_object_goes_in_parts_and_survives_faults_in_them(proxy: FaultPr
         return left.pop("END" if end else "RANGE" if "range" in request.headers else request.kind, None)
 
     proxy.plan = each_once
-    storage.upload(source, "large")
+    storage.take(source, "large")
     storage.download("large", copy)
 
     assert not left, "not sent or not fetched in parts"
