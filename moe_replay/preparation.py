@@ -109,18 +109,7 @@ def run_with_inputs(config: RunConfig, run_id: str, progress: Progress, forked_f
             f"the model in {run.model} has sha256 {run.model_sha256}, run {forked_from.run_id} started from "
             f"{forked_from.model_sha256}; its checkpoints are of that model: fork with the same, or start a new run"
         )
-    if config.training.lora.rank:
-        _require_adaptable(run)
-    if config.training.packing:
-        _require_packable(run)
-    if config.training.attention != "sdpa" and config.resources.training_world_size == 1:  # else elsewhere, perhaps
-        from moe_replay.engines.verl_settings import require_attention
-
-        require_attention(config.training)
-    if config.training.engine == "megatron":
-        from moe_replay.engines.megatron_settings import require_trainable
-
-        require_trainable(run.model, config.resources)
+    _require_trainable(run)
     if (devices := config.resources.rollout_tensor_parallel_size) > 1:
         _require_heads_for(run, devices)
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
@@ -211,18 +200,25 @@ def _require_attention_support(config: RunConfig) -> None:
     require_attention_support(locate_model(config.model.path, ["config.json"]), config.training)
 
 
-def _require_adaptable(run: Run) -> None:
-    """Refuse adapters of weights that the model does not have now: met in training they would end the run."""
-    from moe_replay.engines.adapters import adapter_settings
+def _require_trainable(run: Run) -> None:
+    """Refuse now what can't be trained as the config says: met in training it would end the run, or go unnoticed."""
+    training, resources = run.config.training, run.config.resources
+    if training.lora.rank:
+        from moe_replay.engines.adapters import adapter_settings
 
-    adapter_settings(run.model, run.config.training.lora)
+        adapter_settings(run.model, training.lora)
+    if training.packing:
+        from moe_replay.engines.packable import require_packable
 
+        require_packable(run.model, training, resources)
+    if training.attention != "sdpa" and resources.training_world_size == 1:  # else elsewhere, perhaps
+        from moe_replay.engines.verl_settings import require_attention
 
-def _require_packable(run: Run) -> None:
-    """Refuse packing now where sequences would be mixed: met in training nothing would tell."""
-    from moe_replay.engines.packable import require_packable
+        require_attention(training)
+    if training.engine == "megatron":
+        from moe_replay.engines.megatron_settings import require_trainable
 
-    require_packable(run.model, run.config.training, run.config.resources)
+        require_trainable(run.model, resources)
 
 
 def _require_heads_for(run: Run, devices: int) -> None:
