@@ -60,9 +60,10 @@ class RunConfig(Config):
         of_a_step, shares = sequences // self.training.mini_steps, self.resources.training_shares
         if of_a_step % shares:
             raise ValueError(
-                f"resources.training_world_size / training_sequence_parallel_size = {shares} does not divide the "
-                f"{of_a_step} sequences of a mini-step (rollout.prompts * rollout.responses / training.mini_steps = "
-                f"{sequences} / {self.training.mini_steps}); change one of them"
+                f"resources.training_world_size / training_sequence_parallel_size / training_pipeline_parallel_size = "
+                f"{shares} does not divide the {of_a_step} sequences of a mini-step (rollout.prompts * "
+                f"rollout.responses / training.mini_steps = {sequences} / {self.training.mini_steps}); change one of "
+                "them"
             )
         shares = -(-sequences // (self.rollout.share or sequences))
         if self.resources.rollout_replicas > shares:

@@ -109,16 +109,7 @@ def run_with_inputs(config: RunConfig, run_id: str, progress: Progress, forked_f
             f"the model in {run.model} has sha256 {run.model_sha256}, run {forked_from.run_id} started from "
             f"{forked_from.model_sha256}; its checkpoints are of that model: fork with the same, or start a new run"
         )
-    if config.training.lora.rank or config.training.packing:
-        _require_trainable(run)
-    if config.training.attention != "sdpa" and config.resources.training_world_size == 1:  # else elsewhere, perhaps
-        from moe_replay.engines.verl_settings import require_attention
-
-        require_attention(config.training)
-    if config.training.engine == "megatron":
-        from moe_replay.engines.megatron_settings import require_trainable
-
-        require_trainable(run.model, config.resources)
+    _require_trainable(run)
     if (devices := config.resources.rollout_tensor_parallel_size) > 1:
         _require_heads_for(run, devices)
     if not is_embedded or {*_tables(config)} != {EMBEDDED} or config.rollout.max_prompt_tokens < tiny.PROMPT_TOKENS:
@@ -210,19 +201,26 @@ def _require_attention_support(config: RunConfig) -> None:
 
 
 def _require_trainable(run: Run) -> None:
-    """Refuse adapters of weights that the model does not have now, and packing where sequences would be mixed.
+    """Refuse now what can't be trained as the config says: met in training it would end the run, or go unnoticed."""
+    training, resources = run.config.training, run.config.resources
+    if training.lora.rank or training.packing:
+        from moe_replay.engines.adapters import adapted_paths
+        from moe_replay.engines.packable import require_packable
+        from moe_replay.routing.model_shape import empty_model
 
-    Met in training the one would end the run, and nothing would tell of the other.
-    """
-    from moe_replay.engines.adapters import adapted_paths
-    from moe_replay.engines.packable import require_packable
-    from moe_replay.routing.model_shape import empty_model
+        model = empty_model(run.model)
+        if training.lora.rank:
+            adapted_paths(model, training.lora)
+        if training.packing:
+            require_packable(model, training, resources)
+    if training.attention != "sdpa" and resources.training_world_size == 1:  # else elsewhere, perhaps
+        from moe_replay.engines.verl_settings import require_attention
 
-    model, training = empty_model(run.model), run.config.training
-    if training.lora.rank:
-        adapted_paths(model, training.lora)
-    if training.packing:
-        require_packable(model, training, run.config.resources)
+        require_attention(training)
+    if training.engine == "megatron":
+        from moe_replay.engines.megatron_settings import require_megatron_trains
+
+        require_megatron_trains(run.model, resources)
 
 
 def _require_heads_for(run: Run, devices: int) -> None:

@@ -26,8 +26,8 @@ def fork(
 ) -> None:
     """Create a run that goes on from what another committed before an iteration; nothing is copied, or trained yet.
 
-    Every setting may differ but the model, `training.engine` and `training.lora`. With none that does, the new run makes the same
-    iterations again.
+    Every setting may differ but the model, `training.engine` and `training.lora`. With none that does, the new run
+    makes the same iterations again.
 
     Parameters
     ----------

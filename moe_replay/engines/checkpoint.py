@@ -77,12 +77,7 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
         read_adapters(Path(local_path) / ADAPTERS_FOLDER, self.model, reads=self.rank == 0)
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
         base_lrs = self.lr_scheduler.base_lrs
-        folder = Path(local_path) / OPTIMIZER_FOLDER
-        if not folder.is_dir():
-            raise ConfigError(
-                f"{local_path} holds no optimizer state of training.engine = 'fsdp2': it was trained by 'megatron'; go "
-                "on with that, or start a new run from its weights (huggingface/)"
-            )
+        folder = _optimizer_folder(Path(local_path))
         scalars = json.loads((folder / _SCALARS).read_text())
         # The first rank alone reads the moments, and hands each of the others its shard.
         state = _read_state(folder, scalars["param_groups"]) if self.rank == 0 else {}
@@ -115,6 +110,15 @@ def _name_attention_anew(config_file: Path) -> None:
     if config.get("attn_implementation", _ATTENTION) != _ATTENTION:
         document = json.dumps(config | {"attn_implementation": _ATTENTION}, indent=2, sort_keys=True)
         config_file.write_text(document + "\n")  # as transformers lays it out
+
+
+def _optimizer_folder(checkpoint: Path) -> Path:
+    if not (checkpoint / OPTIMIZER_FOLDER).is_dir():
+        raise ConfigError(
+            f"{checkpoint} holds no optimizer state of training.engine = 'fsdp2': it was trained by 'megatron'; go on "
+            "with that, or start a new run from its weights (huggingface/)"
+        )
+    return checkpoint / OPTIMIZER_FOLDER
 
 
 def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """verl's Megatron engine, with routes replayed by verl itself and recorded here (model type `replayed_language_model`).
 
 Batches, and what comes back of them, are those of `replay_engine`, with two differences: the last row of a sequence is
-routed live under replay too, since verl gives it no route; and a batch with `gate_predictor` is refused. Micro-batches
-are packed. Needs the extra `megatron`.
+routed live under replay too, since verl gives it no route; and there is no `gate_predictor`. Batches that ask for more
+(`require_megatron_pass`) must not come here. Micro-batches are packed. Needs the extra `megatron`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +19,11 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
 from moe_replay.engines.megatron_checkpoint import MegatronCheckpoint
-from moe_replay.engines.megatron_replay import MegatronRouters, moe_layers, require_whole_routes
+from moe_replay.engines.megatron_replay import MegatronRouters, moe_layers
 from moe_replay.engines.megatron_stages import StageObservation
 from moe_replay.engines.observed_passes import MODEL_TYPE, ObservedPasses
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.row_layout import PackedRows, RowLayout
-from moe_replay.errors import ConfigError
 
 _MegatronEngine: Any = MegatronEngineWithLMHead  # verl's registering decorator hides its class from type checkers
 
@@ -66,17 +65,7 @@ class MegatronReplayEngine(ObservedPasses, _MegatronEngine):
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         """As verl's, under the batch's routes if it has any."""
-        given = data.keys()
-        if "gate_predictor" in given:
-            raise ConfigError(
-                "a pass under a predictor routes by h (W + W_p), which verl's Megatron engine does not; take a run of "
-                "training.engine = 'fsdp2' for predictions by the trainer (method.route_source = 'old_log_prob', "
-                "counterfactual replay), or PR2, whose rollout is what predicts"
-            )
-        replays = "routed_experts" in given
-        if replays:
-            require_whole_routes(data["routed_experts"])
-        tu.assign_non_tensor(data, enable_routing_replay=replays)
+        tu.assign_non_tensor(data, enable_routing_replay="routed_experts" in data.keys())  # noqa: SIM118 (no dict)
         data["place"] = torch.arange(len(data))
         self._told = StageObservation()
         try:

@@ -10,16 +10,32 @@ Shapes: T tokens of a sequence, R rows that reach a router of this rank in one f
 K experts per token, E experts, H hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_replay.engines.training_batch import PassRoutes
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.routing.observation import Observer, RouterFeatures, require_no_strays, strays
 from moe_replay.routing.row_routes import RowRoutes
 from moe_replay.routing.selection import LogitCall, in_backward
+
+
+def require_megatron_pass(asked: PassRoutes, fields: Mapping[str, Tensor]) -> None:
+    """Refuse a pass that verl's Megatron engine has nothing for, before any rank is at it.
+
+    Raises ConfigError for a predictor, RoutingMismatch as `require_whole_routes`.
+    """
+    if asked.predictor is not None:
+        raise ConfigError(
+            "a pass under a predictor routes by h (W + W_p), which verl's Megatron engine does not; take a run of "
+            "training.engine = 'fsdp2' for predictions by the trainer (method.route_source = 'old_log_prob', "
+            "counterfactual replay), or PR2, whose rollout is what predicts"
+        )
+    if "routed_experts" in fields:
+        require_whole_routes(fields["routed_experts"])
 
 
 def require_whole_routes(routes: Tensor) -> None:

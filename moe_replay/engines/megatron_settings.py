@@ -16,7 +16,7 @@ from moe_replay.routing.model_shape import model_config
 from moe_replay.sections import ResourcesConfig, TrainingConfig
 
 
-def require_trainable(folder: Path, resources: ResourcesConfig) -> None:
+def require_megatron_trains(folder: Path, resources: ResourcesConfig) -> None:
     """Raise ConfigError before a run exists: as `require_bridgeable`, or for what is missing if it trains here."""
     require_bridgeable(folder, resources)
     if resources.training_world_size == 1:  # else elsewhere, perhaps

@@ -111,8 +111,9 @@ class RayRanks:
             raise ConfigError(
                 f"{len(batch)} sequences can't be shared out evenly among {shares} parts of the ranks of training "
                 f"(resources.training_world_size = {self._resources.training_world_size}, "
-                f"training_sequence_parallel_size = {self._resources.training_sequence_parallel_size}); change one of "
-                "the three"
+                f"training_sequence_parallel_size = {self._resources.training_sequence_parallel_size}, "
+                f"training_pipeline_parallel_size = {self._resources.training_pipeline_parallel_size}); change one of "
+                "them"
             )
         ids: Any = batch["input_ids"]
         work = calculate_workload(ids.offsets().diff()).tolist()

@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from moe_replay.archive.layout import MODEL_FOLDER
+from moe_replay.engines.megatron_replay import require_megatron_pass
 from moe_replay.engines.memory import ran_out_of_memory
 from moe_replay.engines.ranks import make_ranks
 from moe_replay.engines.training_batch import PassRoutes, TokenSequence, as_batch, token_fields
@@ -63,7 +64,8 @@ class TrainingEngine:
     ):
         self._ranks = make_ranks(training, resources)
         self._packing = training.packing
-        self._world_size = resources.training_world_size
+        self._is_megatron = training.engine == "megatron"
+        self._sharing_ranks = resources.training_world_size // resources.training_pipeline_parallel_size
         self._beside_adapters = model if training.lora.rank else None
         """The weights that a checkpoint's adapters are added to."""
         self.micro_batch_tokens = training.micro_batch_tokens
@@ -114,7 +116,7 @@ class TrainingEngine:
         Raises:
             RoutingMismatch: routes, reference, positions or predictor are not of these tokens or this model.
             ConfigError: routes and a predictor are given, or the model's routers choose by more than their logits and
-                features or predictions are asked for.
+                features or predictions are asked for; or as `require_megatron_pass`.
             OutOfMemory: an allocation failed.
         """
         asked = PassRoutes(routes, reference, sampled, predictor)
@@ -162,6 +164,8 @@ class TrainingEngine:
     ) -> TensorDict:
         fields = token_fields(sequences, per_token or {})
         fields |= asked.fields(sequences, self.num_experts, self.top_k, self.layers)
+        if self._is_megatron:
+            require_megatron_pass(asked, fields)
         if asked.predictor is not None:
             settings["gate_predictor"] = asked.predictor
         return as_batch(
@@ -182,8 +186,8 @@ class TrainingEngine:
             if not ran_out_of_memory(error):
                 raise
             tokens = sum(sequence.num_tokens for sequence in sequences)
-            # Of one rank, as the config has it.
-            largest = min(-(-tokens // self._world_size), self.micro_batch_tokens)
+            # Of one rank, as the config has it; pipeline stages are at the same tokens.
+            largest = min(-(-tokens // self._sharing_ranks), self.micro_batch_tokens)
             raise OutOfMemory(
                 f"a training pass over {len(sequences)} sequences of {tokens} tokens, in micro-batches of up to "
                 f"{largest}, ran out of memory ({str(error).splitlines()[0][:300]})",

@@ -77,6 +77,12 @@ def test_everything_but_the_model_may_change(source, config, tmp_path):
     assert not RunStore(source.root, "other").exists()
 
 
+def test_the_engine_that_trains_stays_with_its_optimizer_state(source):
+    with pytest.raises(ConfigError, match=r"'fsdp2' in run .*'megatron'.*--set model\.path=\.\.\./checkpoint/hugg"):
+        fork(source, 2, training__engine="megatron", training__packing=True)
+    assert not RunStore(source.root, "branch").exists()
+
+
 def test_what_is_trained_adapters_or_all_weights_stays(config):
     adapted = prepare(overridden(config, {"training.lora.rank": 8}), "adapted", no_progress)
     adapted.store().begin("training", 0, {}, adapted.digest("training")).commit()
