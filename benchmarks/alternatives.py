@@ -55,7 +55,7 @@ WRITTEN, LOADED, STORAGE = "weights written by the trainer", "weights loaded by 
 STAGES, AROUND = "other work of the stages", "checks around stages"
 REST = "Prefect and all else"
 MLFLOW, TABLE = "beside it: MLflow", "beside it: results table"
-"""While the next rollout is at work, which takes longer: no part of an iteration's time."""
+"""While the next rollout is at work: no part of an iteration's time but where they take longer than that rollout."""
 _CALL = "call"
 PARTS = (GENERATE, OLD_LOG_PROBS, ADVANTAGES, STEPS, WRITTEN, LOADED, WEIGHTS, STORAGE, STAGES, AROUND)
 PARTS += ("checkpoint", REST, MLFLOW, TABLE)
@@ -86,9 +86,8 @@ _DRIVER = {
     "tasks.stages:generate_rollouts.fn": AROUND,
     "tasks.stages:archive_routes.fn": AROUND,
     "tasks.stages:train_replayed.fn": AROUND,
-    "tasks.tracking.steps:track_iteration.fn": MLFLOW,
-    "tasks.reporting:report_results.fn": TABLE,
 }
+_TELLING = {"tasks.tracking.steps:track_iteration.fn": MLFLOW, "tasks.reporting:report_results.fn": TABLE}
 
 
 class Measured(NamedTuple):
@@ -173,6 +172,7 @@ def _prepare(config: RunConfig, watched: set[int]) -> Run:
             watched.add(engine.pid)
     if os.getpid() not in watched:
         clocks.watch(None, None, _STORED | _DRIVER, in_threads=True)
+        clocks.watch(None, None, _TELLING, whole=True)
         watched.add(os.getpid())
     return run
 

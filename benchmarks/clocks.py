@@ -19,8 +19,12 @@ _spans: list[Span] = []
 _of_thread = threading.local()
 
 
-def watch(engine: object, progress: object, functions: dict[str, str], in_threads: bool = False) -> None:
+def watch(
+    engine: object, progress: object, functions: dict[str, str], in_threads: bool = False, whole: bool = False
+) -> None:
     """Time functions, named as `package.module:name` or `package.module:class.name`, under the label given for each.
+
+    A function timed `whole` keeps the time of what is watched within it.
 
     The first two arguments make it callable in an engine's process.
     """
@@ -29,12 +33,12 @@ def watch(engine: object, progress: object, functions: dict[str, str], in_thread
         owner = resolve_name(owner_name)
         stored = inspect.getattr_static(owner, attribute)
         if isinstance(stored, classmethod):
-            setattr(owner, attribute, classmethod(timed(stored.__func__, label, in_threads)))
+            setattr(owner, attribute, classmethod(timed(stored.__func__, label, in_threads, whole)))
         else:
-            setattr(owner, attribute, timed(stored, label, in_threads))
+            setattr(owner, attribute, timed(stored, label, in_threads, whole))
 
 
-def timed(function: Callable, label: str, in_threads: bool = False) -> Callable:
+def timed(function: Callable, label: str, in_threads: bool = False, whole: bool = False) -> Callable:
     """The function, its time kept under `label`."""
 
     @functools.wraps(function)
@@ -42,21 +46,23 @@ def timed(function: Callable, label: str, in_threads: bool = False) -> Callable:
         if threading.current_thread() is not threading.main_thread() and not in_threads:
             return function(*args, **kwargs)
         inner = _inner()
-        inner.append(0.0)
+        if inner and inner[-1] is None:
+            return function(*args, **kwargs)
+        inner.append(None if whole else 0.0)
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
             seconds = time.perf_counter() - start
-            _spans.append((label, time.time(), seconds - inner.pop()))
-            if inner:
+            _spans.append((label, time.time(), seconds - (inner.pop() or 0.0)))
+            if inner and inner[-1] is not None:
                 inner[-1] += seconds
 
     return wrapper
 
 
-def _inner() -> list[float]:
-    """Seconds spent in watched functions within each that this thread runs, the outermost first."""
+def _inner() -> list[float | None]:
+    """Seconds in watched functions within each that this thread runs, the outermost first; none in one timed whole."""
     if not hasattr(_of_thread, "inner"):
         _of_thread.inner = []
     return _of_thread.inner
@@ -65,7 +71,7 @@ def _inner() -> list[float]:
 def note(label: str, seconds: float) -> None:
     """Keep a time that just ended and was taken elsewhere."""
     _spans.append((label, time.time(), seconds))
-    if inner := _inner():
+    if (inner := _inner()) and inner[-1] is not None:
         inner[-1] += seconds
 
 

@@ -13,7 +13,7 @@ The bare loop has no Prefect, no MLflow, no progress, no look for what is commit
 serialises, hashes, writes and commits each stage's artifacts, and reads and verifies them for the next stage, since
 that is how stages hand over their work; `storage work` is that alone, measured by writing and reading the runs in RAM
 again. Times are those between the last commits of consecutive iterations, so a run's start and end are left out.
-MLflow, the results table and the start of an iteration's flow run lie beside the rollout.
+MLflow, the results table and the start of an iteration's flow run lie beside the rollout, but in `flow, step off`.
 """
 
 import argparse

@@ -60,6 +60,17 @@ def test_threads_are_watched_where_that_is_asked_for_each_by_itself(alternatives
     assert spans["outer"] > spans["heard"]
 
 
+def test_a_function_timed_whole_keeps_what_is_watched_within_it(alternatives):
+    clocks = alternatives.clocks
+    inner = clocks.timed(lambda: time.sleep(0.05), "inner")
+    whole = clocks.timed(inner, "whole", whole=True)
+    clocks.take(None, None)
+    clocks.timed(whole, "outer")()
+    spans = {label: seconds for label, _, seconds in clocks.take(None, None)}
+    assert spans.keys() == {"whole", "outer"}
+    assert spans["whole"] >= 0.05 > spans["outer"]
+
+
 def test_methods_of_all_kinds_are_watched(alternatives, monkeypatch):
     module = ModuleType("to_be_watched")
 

@@ -53,8 +53,8 @@ def require_whole_routes(routes: Tensor) -> None:
             )
 
 
-def moe_layers(config: Any, pp_rank: int | None = None, vp_stage: int | None = None) -> tuple[int, ...]:
-    """Decoder layer index of each MoE layer, ascending: of the model, or of a pipeline rank's (virtual) stage."""
+def moe_layers(config: Any, pp_rank: int | None = None) -> tuple[int, ...]:
+    """Decoder layer index of each MoE layer, ascending: of the model, or of a pipeline rank's stage."""
     from verl.utils.megatron.router_replay_utils import get_num_layers_to_build, is_moe_layer
 
     layers = range(config.num_layers)
@@ -63,16 +63,15 @@ def moe_layers(config: Any, pp_rank: int | None = None, vp_stage: int | None = N
             get_transformer_layer_offset,
         )
 
-        start = get_transformer_layer_offset(config, vp_stage, pp_rank)
-        layers = range(start, start + get_num_layers_to_build(config, vp_stage, pp_rank))
+        start = get_transformer_layer_offset(config, None, pp_rank)
+        layers = range(start, start + get_num_layers_to_build(config, None, pp_rank))
     return tuple(layer for layer in layers if is_moe_layer(config, layer))
 
 
 class MegatronRouters:
     """Watches the routers of a Megatron model, or of the chunks that a pipeline rank holds; replay stays verl's.
 
-    What it tells is of the last forward of this rank and of its own rows: with pipeline stages of their layers, with
-    tensor, sequence or context parallelism of their shares of the packed tokens. Recompute in backward is not watched.
+    What it tells is of the last forward of this rank and of its own rows: with pipeline stages of their layers. Recompute in backward is not watched.
 
     Raises ConfigError for a model without routers that can be replayed.
     """

@@ -18,11 +18,10 @@ from verl.workers.utils.losses import ppo_loss
 
 from moe_replay.engines.ranks import RouterShape
 from moe_replay.engines.row_layout import RowLayout
+from moe_replay.engines.training_batch import NO_ROUTE
 from moe_replay.engines.verl_settings import actor_config
 
 MODEL_TYPE = "replayed_language_model"
-NO_ROUTE = -1
-"""Fills the rows of `routed_experts` that have no route; they are routed live."""
 
 
 class ObservedPasses:

@@ -188,7 +188,7 @@ def _nameless_semaphores() -> Iterator[None]:
 
     In a spawned process they are named, for processes that it spawns in turn, and outlive it: the driver's resource
     tracker removes and tells of them. Under the method `fork` a name goes as soon as its semaphore is made. What hands
-    semaphores to processes that it spawns has a context of its own.
+    semaphores to processes that it spawns has a context of its own. Not run on a GPU yet.
     """
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("fork", force=True)

@@ -16,6 +16,9 @@ from torch import Tensor
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace
 
+NO_ROUTE = -1
+"""Fills the rows of `routed_experts` that have no route; they are routed live."""
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -134,8 +137,6 @@ def _require_tokens(number: int, trace: RoutingTrace, sequence: TokenSequence) -
 
 def _with_gaps(traces: Sequence[RoutingTrace]) -> Tensor:
     """Traces as verl's `routed_experts`: int32 [N, T, L, K], nested by sequence, -1 where there is no route."""
-    from moe_replay.engines.observed_passes import NO_ROUTE
-
     ids_TLK = np.concatenate([trace.ids_TLK for trace in traces], dtype=np.int32)
     ids_TLK[~np.concatenate([trace.valid_T for trace in traces])] = NO_ROUTE
     return _jagged(torch.from_numpy(ids_TLK), torch.tensor([trace.num_tokens for trace in traces]))

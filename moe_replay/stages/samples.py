@@ -22,7 +22,7 @@ from moe_replay.errors import RoutingMismatch
 from moe_replay.routing.trace import RoutingTrace, route_dtype
 
 PART_ROWS, PART_BYTES = 1024, 64 << 20
-"""Samples in one object, and bytes that they take in memory, beyond which it takes no more."""
+"""Samples in one object at most, and bytes that they take in memory, with which it is full."""
 _ITEM_BYTES = 32
 """What Python takes for a token id or log-prob in a list."""
 

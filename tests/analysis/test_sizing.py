@@ -15,10 +15,9 @@ from moe_replay.analysis.sizing import Workload, size_iteration
 from moe_replay.archive.artifacts import RunStore
 from moe_replay.archive.evolution import EvolutionArchive, array_shapes
 from moe_replay.data.prompts import Prompt
-from moe_replay.engines.observed_passes import NO_ROUTE
 from moe_replay.engines.rollout import Response
 from moe_replay.engines.row_layout import PaddedRows
-from moe_replay.engines.training_batch import PassRoutes, TokenSequence
+from moe_replay.engines.training_batch import NO_ROUTE, PassRoutes, TokenSequence
 from moe_replay.errors import ConfigError, RoutingMismatch
 from moe_replay.routing.declared import DeclaredRouters
 from moe_replay.routing.predictor import EvolutionPredictor, PredictorProvenance

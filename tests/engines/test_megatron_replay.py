@@ -265,15 +265,6 @@ def test_layers_of_pipeline_stages_are_those_of_the_model_in_order(megatron, set
     assert moe_layers(config) == sum(stages, ())
 
 
-def test_layers_of_virtual_stages(megatron):
-    settings = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    config = config_of(moe_layer_freq=1, **settings)
-    assert [[moe_layers(config, rank, stage) for stage in range(2)] for rank in range(2)] == [
-        [(0,), (2,)],
-        [(1,), (3,)],
-    ]
-
-
 def test_a_predictor_is_merged_into_the_gates_that_megatron_routers_export(megatron, tmp_path: Path):
     stage, served = Stage(config_of(), LAYERS), Stage(config_of(), LAYERS)
     weights = {layer: router.weight.detach().clone() for layer, router in zip(LAYERS, stage.decoder, strict=True)}
