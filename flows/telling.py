@@ -10,7 +10,8 @@ from tasks.tracking.steps import track_iteration
 class Telling:
     """Tells of an iteration while the next one's rollout is at work, so that no engine waits for it.
 
-    Where that rollout was made beside the training before (one step off), it is told of between two trainings. An iteration that is not told of, since the run was stopped meanwhile, is when the run is resumed.
+    Where that rollout was made beside the training before (one step off), it is told of between two trainings. An
+    iteration that is not told of, since the run was stopped meanwhile, is when the run is resumed.
     """
 
     def __init__(self, run: Run, mlflow_run_id: str) -> None:

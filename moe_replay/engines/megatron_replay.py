@@ -71,7 +71,8 @@ def moe_layers(config: Any, pp_rank: int | None = None) -> tuple[int, ...]:
 class MegatronRouters:
     """Watches the routers of a Megatron model, or of the chunks that a pipeline rank holds; replay stays verl's.
 
-    What it tells is of the last forward of this rank and of its own rows: with pipeline stages of their layers. Recompute in backward is not watched.
+    What it tells is of the last forward of this rank and of its own rows: with pipeline stages of their layers.
+    Recompute in backward is not watched.
 
     Raises ConfigError for a model without routers that can be replayed.
     """
