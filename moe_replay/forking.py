@@ -40,12 +40,13 @@ def fork_run(source: RunStore, root: str, iteration: int, config: RunConfig, run
     """
     if RunStore(run_root(config), run_id).exists():
         raise ConfigError(f"run {run_id} exists; fork under a name that is free (--as), or resume it")
+    point = fork_point(source, root, iteration, config)
     if config.iterations <= iteration:
         raise ConfigError(
             f"iterations = {config.iterations} leaves nothing to do from iteration {iteration} on; give at least "
             f"--set iterations={iteration + 1}"
         )
-    return prepare(config, run_id, progress, forked_from=fork_point(source, root, iteration, config))
+    return prepare(config, run_id, progress, forked_from=point)
 
 
 def forked_config(source: RunStore, overrides: Mapping[str, Any]) -> RunConfig:
@@ -142,6 +143,8 @@ def _require_trained(source: RunStore, plan: RunPlan, iteration: int) -> None:
     trained = [n for n in source.iterations() if source.commit_of("training", n) is not None]
     if iteration - 1 in trained:
         return
+    if iteration < 0:
+        raise ConfigError(f"iterations count from 0, and a fork's first is 1 or more, not {iteration}")
     if iteration == 0:
         raise ConfigError("iteration 0 starts from the model itself, not from another run: moe-replay run does that")
     if plan.forked_from and iteration <= first:

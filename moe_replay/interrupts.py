@@ -7,11 +7,15 @@ Ctrl-C. While a command is `interruptible` an interrupt is remembered, and comes
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _came = threading.Event()
+_last_raised = float("-inf")
+_ONE_INTERRUPT_SECONDS = 2.0
+"""Ctrl-C pressed again within them is the same one: raised once more, it would break off what ends because of it."""
 
 
 @contextmanager
@@ -20,6 +24,8 @@ def interruptible() -> Iterator[None]:
 
     SIGTERM, with which schedulers and containers end a process, is an interrupt too.
     """
+    global _last_raised
+    _last_raised = float("-inf")
     before = {number: signal.signal(number, _remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with interrupts_kept():
@@ -49,5 +55,10 @@ def raise_lost_interrupt() -> None:
 
 
 def _remember(_number: int, _frame: FrameType | None) -> None:
+    global _last_raised
     _came.set()
+    now = time.monotonic()
+    if now - _last_raised < _ONE_INTERRUPT_SECONDS:
+        return
+    _last_raised = now
     raise KeyboardInterrupt

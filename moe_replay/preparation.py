@@ -172,16 +172,10 @@ def _data_file(path: Path) -> DataFile:
 
 def _require_work_to_carry(config: RunConfig) -> None:
     """Refuse partial rollouts that leave nothing unfinished, and those that have a prompt at work several times."""
-    stretch, longest = config.rollout.partial_response_tokens, config.rollout.max_response_tokens
     carried, table = config.rollout.oversampled_prompts, config.data.train
-    if stretch is None:
+    if config.rollout.partial_response_tokens is None:
         return
-    if stretch >= longest:
-        raise ConfigError(
-            f"rollout.partial_response_tokens = {stretch} lets every response reach its end, at most "
-            f"rollout.max_response_tokens = {longest}, in one round, so that none is ever left unfinished and batches "
-            "only get older; set it below, or turn partial rollouts off (none, and rollout.oversampled_prompts = 0)"
-        )
+    config.rollout.require_unfinished()
     embedded = tiny.RECIPES.get(config.model.path, tiny.RECIPES[EMBEDDED])
     rows = embedded.train_rows if table == EMBEDDED else len(PromptTable.open(_table_file(table)))
     if carried > rows:

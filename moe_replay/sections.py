@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from moe_replay.errors import ConfigError
 from moe_replay.lora import LoraConfig
 from moe_replay.settings import NONE, Config
 
@@ -71,6 +72,17 @@ class RolloutConfig(Config):
     memory_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Share of a GPU's memory that vLLM may take; the rest is the trainer's, unless they take turns
     (resources.colocated). Has no effect on a CPU."""
+
+    def require_unfinished(self) -> None:
+        """Raise ConfigError for partial rollouts that leave nothing unfinished; runs that began so go on."""
+        stretch, longest = self.partial_response_tokens, self.max_response_tokens
+        if stretch is not None and stretch >= longest:
+            raise ConfigError(
+                f"rollout.partial_response_tokens = {stretch} lets every response reach its end, at most "
+                f"rollout.max_response_tokens = {longest}, in one round, so that none is ever left unfinished and "
+                "batches only get older; set it below, or turn partial rollouts off (none, and "
+                "rollout.oversampled_prompts = 0)"
+            )
 
     @model_validator(mode="after")
     def _carries_what_is_partial(self) -> "RolloutConfig":

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +27,7 @@ MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _ASKED_TIMES = 4
+_MOST_RESTARTS = 5
 _PR_SET_PDEATHSIG = 1
 _NAMED_BY = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
@@ -138,8 +140,10 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
 
     Raises ConfigError when a server that the user named, this one or MLflow's, does not answer.
 
-    Yields a function that waits until it answers. Enter it before Prefect is imported. Prefect's own temporary server
-    shares our terminal's Ctrl-C, so that it is gone when the interrupted run reports to it, and outlives a SIGKILL.
+    Yields a function that waits until it answers; from then on it is started again when it ends, as its database
+    holds all that it knows, and Prefect asks again for a while. Enter it before Prefect is imported. Prefect's own
+    temporary server shares our terminal's Ctrl-C, so that it is gone when the interrupted run reports to it, and
+    outlives a SIGKILL.
     """
     require_named_servers()
     if os.environ.get("PREFECT_API_URL"):
@@ -153,10 +157,7 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     command += ["--host", HOST, "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "5"]
     server = Server("prefect", port, "", "/api/health", command, {})
-    with (logs / "prefect.log").open("ab") as log:
-        process = subprocess.Popen(  # noqa: S603 (our own command line)
-            command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
-        )
+    kept = _KeptServer(command, logs / "prefect.log")
     os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
     # This server is gone when anybody follows a link; `serve` shows its database afterwards.
     ui_is_named = "PREFECT_UI_URL" in os.environ
@@ -167,7 +168,8 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
     def wait() -> None:
         nonlocal waited_for
         waited_for = True
-        wait_until_healthy(server, process, logs)
+        wait_until_healthy(server, kept.process, logs)
+        kept.restart_when_it_ends()
 
     try:
         yield wait
@@ -176,7 +178,47 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
         if not ui_is_named:
             os.environ.pop("PREFECT_UI_URL", None)
         # One that nobody has spoken to has nothing to finish, and would first start before it ends politely.
-        _stop(process, (signal.SIGTERM, signal.SIGKILL) if waited_for else (signal.SIGKILL,))
+        kept.stop((signal.SIGTERM, signal.SIGKILL) if waited_for else (signal.SIGKILL,))
+
+
+class _KeptServer:
+    """A server of this process alone."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._command = command
+        self._log = log
+        self._stopping = False
+        self._starting = threading.Lock()
+        """So that none is started while, or after, it is stopped."""
+        self.process = self._start()
+
+    def restart_when_it_ends(self) -> None:
+        """Watch it in another thread until it is stopped; it is started again a few times."""
+        threading.Thread(target=self._keep, name="prefect server", daemon=True).start()
+
+    def stop(self, signals: Sequence[signal.Signals]) -> None:
+        """End it for good."""
+        with self._starting:
+            self._stopping = True
+        _stop(self.process, signals)
+
+    def _keep(self) -> None:
+        for _ in range(_MOST_RESTARTS):
+            code = self.process.wait()
+            with self._starting:
+                if self._stopping:
+                    return
+                told = f"the Prefect server ended (exit code {code}) and is started again; its log is {self._log}"
+                print(told, file=sys.stderr)
+                self.process = self._start()
+        # The kernel ends it with the thread that started it.
+        self.process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(  # noqa: S603 (our own command line)
+                self._command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+            )
 
 
 def _end_with_parent() -> None:

@@ -90,6 +90,13 @@ def test_a_runs_settings_are_taken_and_options_go_before_them(command, tmp_path)
     assert [routes["tokens"] for routes in other["routes"]] == [16 * 1024, 16 * 64]
 
 
+def test_partial_rollouts_that_a_run_would_refuse_are_refused(command, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("[rollout]\nmax_response_tokens = 8\npartial_response_tokens = 8\noversampled_prompts = 4\n")
+    with pytest.raises(ConfigError, match="= 8 lets every response reach its end"):
+        command("olmoe-1b-7b", "--config", str(config))
+
+
 def test_what_partial_rollouts_carry_is_told_where_they_are_set(command, tmp_path):
     rollout = "[rollout]\nprompts = 16\nresponses = 4\nmax_prompt_tokens = 24\nmax_response_tokens = 1000\n"
     (tmp_path / "whole.toml").write_text(rollout)

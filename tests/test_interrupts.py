@@ -33,6 +33,22 @@ def test_a_process_that_is_asked_to_end_is_interrupted() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_an_interrupt_that_is_pressed_again_does_not_break_off_what_ends_because_of_it() -> None:
+    ended = []
+
+    def pressed_twice() -> None:
+        with interruptible():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        pressed_twice()
+    assert ended
+
+
 def test_one_run_of_many_that_was_interrupted_is_no_failed_run() -> None:
     failed = []
 

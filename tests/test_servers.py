@@ -66,6 +66,38 @@ def test_prefect_server_of_a_run_ends_with_the_process_that_started_it(tmp_path:
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
+def test_prefect_server_of_a_run_is_started_again_when_it_ends_and_not_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    with servers.prefect_server(tmp_path) as wait:
+        wait()
+        address, [first] = os.environ["PREFECT_API_URL"], servers_of_this_process()
+        first.kill()
+        deadline = time.monotonic() + 60
+        while not answers(f"{address}/health"):
+            assert time.monotonic() < deadline, "no server was started in its place"
+            time.sleep(0.2)
+        [second] = servers_of_this_process()
+    assert second.pid != first.pid
+    assert not second.is_running()
+    assert "the Prefect server ended (exit code -9) and is started again; its log is" in capfd.readouterr().err
+
+
+def servers_of_this_process() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [one for one in children if one.status() != psutil.STATUS_ZOMBIE and "uvicorn" in one.cmdline()]
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("variable", ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"])
 def test_a_server_that_is_named_and_does_not_answer_is_told_at_once_and_without_its_password(
     variable: str, monkeypatch: pytest.MonkeyPatch

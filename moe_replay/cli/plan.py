@@ -77,6 +77,8 @@ def plan(
         To the object store, in 10^6 bytes a second; by default 1000.
     """
     run = load_config(config) if config is not None else None
+    if run is not None:
+        run.rollout.require_unfinished()
     given = {
         "sequences": sequences,
         "mini_steps": mini_steps,

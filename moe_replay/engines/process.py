@@ -147,7 +147,8 @@ class EngineProcess:
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-8:]) if self.log.exists() else ""
         return EngineLost(
             f"the {self.name} engine (process {self.pid}) ended with exit code {self._process.exitcode} while at work; "
-            f"a retry starts a fresh one. End of its log {self.log}:\n{tail}"
+            f"a retry starts a fresh one. {f'End of its log {self.log}:' if tail else f'Its log {self.log} is empty'}"
+            + (f"\n{tail}" if tail else "")
         )
 
 

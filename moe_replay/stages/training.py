@@ -113,9 +113,10 @@ def _require_stable(run: Run, alarms: BatchAlarms, metrics: Metrics, writer: Sta
     writer.discard()
     alarm = alarms.raise_alarm(excess)
     named = as_argument(run.run_id, run.config.storage.root)
-    stale = " (rollouts are one step off: the figure holds staleness)" if run.config.rollout.one_step_off else ""
+    stale = run.open(alarms.rollout).commit.metrics.get("rollout/staleness_max", 0.0)
+    holds = f" (tokens of the batch are up to {stale:g} updates old: the figure holds that too)" if stale else ""
     raise StabilityAlarm(
-        f"iteration {alarm.iteration} of run {run.run_id} stopped before it trained: {alarm.reason}{stale}; decide "
+        f"iteration {alarm.iteration} of run {run.run_id} stopped before it trained: {alarm.reason}{holds}; decide "
         f"what becomes of the batch with moe-replay resume {named} --decide "
         f"{'|'.join(alarm.actions(run.config.method))}",
         *excess,

@@ -5,7 +5,7 @@ resumed run finds what is there and adds only what is missing.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,17 @@ def open_tracking(run: Run) -> str:
     experiment_id = experiment_of(client, run.config, run.home)
     tracked = find_run(client, experiment_id, run) or create_run(client, experiment_id, run)
     run_id = tracked.info.run_id
-    client.update_run(run_id, status="RUNNING")
-    tell_attempt(client, tracked, run)
-    log_data(client, run, run_id)
-    log_settings(client, tracked, run.config)
-    close_earlier(client, experiment_id, run, run_id)
+    try:
+        client.update_run(run_id, status="RUNNING")
+        tell_attempt(client, tracked, run)
+        log_data(client, run, run_id)
+        log_settings(client, tracked, run.config)
+        close_earlier(client, experiment_id, run, run_id)
+    except BaseException:
+        # Nobody closes what was not opened.
+        with suppress(Exception):
+            client.set_terminated(run_id, "FAILED")
+        raise
     return run_id
 
 
