@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -124,9 +125,9 @@ class Storage:
             target = Path(self._at(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             # Whoever reads a run's other objects reads this one too: libraries write files for their user alone.
-            mask = os.umask(0)
-            os.umask(mask)
-            local.chmod(0o666 & ~mask)
+            with file_aside(target) as plain:
+                plain.touch()
+                local.chmod(stat.S_IMODE(plain.stat().st_mode))
             # Between two file systems a copy.
             shutil.move(local, target)
 

@@ -21,10 +21,10 @@ from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
 from moe_replay.archive.layout import MODEL_FOLDER
 from moe_replay.engines.adapters import ADAPTERS_FOLDER, is_adapted, merged_weights, read_adapters, write_adapters
+from moe_replay.engines.optimizer_folder import OPTIMIZER_FOLDERS, optimizer_folder
 from moe_replay.engines.tensor_files import read_tensors, write_tensors
-from moe_replay.errors import ArchiveCorrupt, ConfigError
+from moe_replay.errors import ArchiveCorrupt
 
-OPTIMIZER_FOLDER = "optimizer"
 _SCALARS = "scalars.json"
 _ATTENTION = "sdpa"
 
@@ -55,7 +55,7 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
             # transformers undoes its own renaming and fusing of experts, for every family it can load.
             model.save_pretrained(Path(local_path) / MODEL_FOLDER, state_dict=weights)
             _name_attention_anew(Path(local_path) / MODEL_FOLDER / "config.json")
-            _write_optimizer(Path(local_path) / OPTIMIZER_FOLDER, state, self.lr_scheduler.state_dict())
+            _write_optimizer(Path(local_path) / OPTIMIZER_FOLDERS["fsdp2"], state, self.lr_scheduler.state_dict())
         torch.distributed.barrier()
 
     def load_checkpoint(
@@ -77,7 +77,7 @@ class SafetensorsCheckpointManager(FSDPCheckpointManager):
         read_adapters(Path(local_path) / ADAPTERS_FOLDER, self.model, reads=self.rank == 0)
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
         base_lrs = self.lr_scheduler.base_lrs
-        folder = _optimizer_folder(Path(local_path))
+        folder = optimizer_folder(Path(local_path), "fsdp2")
         scalars = json.loads((folder / _SCALARS).read_text())
         # The first rank alone reads the moments, and hands each of the others its shard.
         state = _read_state(folder, scalars["param_groups"]) if self.rank == 0 else {}
@@ -110,15 +110,6 @@ def _name_attention_anew(config_file: Path) -> None:
     if config.get("attn_implementation", _ATTENTION) != _ATTENTION:
         document = json.dumps(config | {"attn_implementation": _ATTENTION}, indent=2, sort_keys=True)
         config_file.write_text(document + "\n")  # as transformers lays it out
-
-
-def _optimizer_folder(checkpoint: Path) -> Path:
-    if not (checkpoint / OPTIMIZER_FOLDER).is_dir():
-        raise ConfigError(
-            f"{checkpoint} holds no optimizer state of training.engine = 'fsdp2': it was trained by 'megatron'; go on "
-            "with that, or start a new run from its weights (huggingface/)"
-        )
-    return checkpoint / OPTIMIZER_FOLDER
 
 
 def _write_optimizer(folder: Path, state: dict[str, Any], scheduler: dict[str, Any]) -> None:

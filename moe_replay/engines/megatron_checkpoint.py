@@ -17,11 +17,11 @@ from torch import Tensor
 from verl.utils.megatron_utils import unwrap_model
 
 from moe_replay.archive.layout import MODEL_FOLDER
+from moe_replay.engines.optimizer_folder import OPTIMIZER_FOLDERS, optimizer_folder
 from moe_replay.engines.tensor_files import read_tensors, write_tensors
 from moe_replay.engines.to_first_rank import on_first_rank
-from moe_replay.errors import ArchiveCorrupt, ConfigError
+from moe_replay.errors import ArchiveCorrupt
 
-OPTIMIZER_FOLDER = "megatron_optimizer"
 _SCALARS = "scalars.json"
 _ORIGINAL = "parameter"
 """Slot of a bfloat16 parameter's float32 original."""
@@ -48,10 +48,10 @@ class MegatronCheckpoint:
                 described.save_pretrained(model)
             if (generation := engine.model_config.generation_config) is not None:
                 generation.save_pretrained(model)
-            write_tensors(folder / OPTIMIZER_FOLDER, "optimizer", state)
+            write_tensors(folder / OPTIMIZER_FOLDERS["megatron"], "optimizer", state)
             counted = next((group["step"] for group in self._groups if "step" in group), None)
             document = {"steps": engine.lr_scheduler.num_steps, "step_of_groups": counted}
-            (folder / OPTIMIZER_FOLDER / _SCALARS).write_text(json.dumps(document, sort_keys=True))
+            (folder / OPTIMIZER_FOLDERS["megatron"] / _SCALARS).write_text(json.dumps(document, sort_keys=True))
         torch.distributed.barrier()
 
     def load(self, folder: Path) -> None:
@@ -64,12 +64,7 @@ class MegatronCheckpoint:
             ConfigError: the checkpoint was trained by the FSDP2 engine.
             ArchiveCorrupt: the state is not that of this model's parameters.
         """
-        state = folder / OPTIMIZER_FOLDER
-        if not state.is_dir():
-            raise ConfigError(
-                f"{folder} holds no optimizer state of training.engine = 'megatron': it was trained by 'fsdp2'; go on "
-                "with that, or start a new run from its weights (huggingface/)"
-            )
+        state = optimizer_folder(folder, "megatron")
         scalars = json.loads((state / _SCALARS).read_text())
         if scalars["steps"]:  # else there is nothing to keep
             self._restore(state)
